@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import io
 import itertools
 import json
@@ -66,6 +67,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -77,63 +79,48 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# mistral-common, huggingface_hub, soundfile and soxr take half a second to import: each is imported
-# in the function that needs it, so that `--help` and mistakes answer at once.
+# mistral-common, huggingface_hub, soundfile and soxr are slow to import: each is imported where it
+# is needed, so that `--help` and mistakes answer at once.
 
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
-SAMPLE_RATE = 16_000  # of the model; tekken.json says so too, and load_voxtral_model checks it
+SAMPLE_RATE = 16_000  # load_voxtral_model checks that the tokenizer says so too
 
-
-class VoxtralError(ValueError):
-    """A mistake that the user can mend. The message is one line and says what is wrong."""
-
+class VoxtralError(Exception):
+    """A mistake that the user can mend; the message says what is wrong, on one line."""
 
 # ------------------------------------------------------------------------------------------- audio
 # Sound to a log-mel spectrogram. The numbers are those of mistral-common's AudioSpectrogramConfig.
 
-
 def load_audio(path: str | Path) -> np.ndarray:
-    """Read an audio file as float32 mono samples at 16 kHz, [n], nominally within -1..1.
+    """Read an audio file as float32 mono samples [n] at 16 kHz, nominally within -1..1.
 
-    Whatever libsndfile reads (wav, flac, ogg, mp3, aiff), at any rate and number of channels; the
-    channels are averaged, the resampling is soxr's. Raises VoxtralError for what is not such a file,
-    is cut short, holds no samples or samples that are not numbers.
+    Whatever libsndfile reads (wav, flac, ogg, mp3, aiff) at any rate; channels are averaged. Raises
+    OSError, and VoxtralError for what is not such a file, is cut short, empty or not finite.
     """
     import soundfile
 
-    path = Path(path)
     try:
-        if not path.is_file():
-            raise VoxtralError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-        if path.stat().st_size == 0:
-            raise VoxtralError(f"{path}: the file is empty")
         with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
-            blocks = list(to_16k(sound.blocks(1 << 16, dtype="float32", always_2d=True), sound.samplerate))
-            heard, promised, log = sound.tell(), sound.frames, sound.extra_info
+            blocks = sound.blocks(1 << 16, dtype="float32", always_2d=True)
+            samples = np.concatenate(list(to_16k(blocks, sound.samplerate)))
+            missing, log = sound.frames - sound.tell(), sound.extra_info
     except soundfile.SoundFileError as error:
-        if path.suffix.lower() in (".flac", ".ogg", ".mp3", ".wav"):
-            raise VoxtralError(f"{path}: damaged, cut short or not audio at all ({error})") from error
-        hint = "if it is (m4a, mp4, webm, ...): ffmpeg -i FILE -f wav - | python voxtral.py -"
-        raise VoxtralError(f"{path}: not audio that libsndfile reads; {hint}") from error
-    except OSError as error:
-        raise VoxtralError(f"{path}: cannot be read ({error.strerror})") from error
-    # libsndfile reads what is left of a file that was cut short and says so in its log only. A
-    # program that wrote to a pipe left a size near 2 or 4 GiB there, which promises nothing.
+        raise VoxtralError(
+            f"{path}: damaged, or not audio that libsndfile reads ({error}); if ffmpeg reads it:"
+            " ffmpeg -i FILE -f wav - | python voxtral.py -"
+        ) from error
+    # What is left of a file that was cut short is read without an error; only the log tells. A
+    # size near 2 or 4 GiB is no promise: it was written to a pipe, before the size was known.
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
-    if heard < promised or "without an End-Of-Stream" in log or any(
-        int(real) < int(claimed) < 0x7FFF0000 for claimed, real in sizes
-    ):
+    cut = any(int(real) < int(claimed) < 0x7FFF0000 for claimed, real in sizes)
+    if cut or missing > 0 or "without an End-Of-Stream" in log:
         raise VoxtralError(f"{path}: the file is cut short")
-    samples = np.concatenate(blocks)
-    if len(samples) == 0:
-        raise VoxtralError(f"{path}: holds no samples")
-    if not np.isfinite(samples).all():
-        raise VoxtralError(f"{path}: holds samples that are NaN or infinite")
+    if len(samples) == 0 or not np.isfinite(samples).all():
+        raise VoxtralError(f"{path}: holds no samples, or some that are NaN or infinite")
     return samples
 
-
 def to_16k(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Blocks [n, channels] at `rate` Hz -> blocks [n] of mono sound at 16 kHz."""
+    """Blocks [n, channels] at `rate` Hz -> blocks [n] of mono sound at 16 kHz, by soxr."""
     import soxr
 
     if rate < 1000:
@@ -144,10 +131,9 @@ def to_16k(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
         yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
-
 @dataclass(frozen=True)
 class Spectrogram:
-    """The log-mel front end; the defaults are those of the published model."""
+    """The log-mel front end; the defaults are the published model's."""
 
     num_mel_bins: int = 128
     hop_length: int = 160  # samples: 10 ms
@@ -155,52 +141,47 @@ class Spectrogram:
     global_log_mel_max: float = 1.5
 
     def frames(self, samples: np.ndarray) -> mx.array:
-        """Log-mel of every whole window: samples [n] -> [F, num_mel_bins] float32.
+        """Log-mel [F, num_mel_bins] float32 of the F whole windows in `samples` [n].
 
-        It runs in numpy: the sound is on the CPU, the work is small, and float32 stays float32.
+        In numpy: the sound is on the CPU, the work is small, and float32 stays float32.
         """
         from mistral_common.audio import mel_filter_bank
 
         bins = self.window_size // 2 + 1
         bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
-        # A periodic Hann window: one period is `window_size`, so that shifted copies add up evenly.
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.window_size) / self.window_size)
+        # Periodic, not symmetric: numpy's window of one more sample without its last.
+        hann = np.hanning(self.window_size + 1)[:-1].astype(np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size)
-        windows = windows[:: self.hop_length]  # [F, window_size]
-        spectrum = np.fft.rfft(windows * window.astype(np.float32))  # [F, bins]
+        spectrum = np.fft.rfft(windows[:: self.hop_length] * hann)  # [F, bins]
         power = (np.abs(spectrum) ** 2).astype(np.float32)
         log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))
         # Whisper clips at 8 below the loudest sound of the clip. A stream cannot know that, so a
         # constant of training stands in for it.
-        log = np.maximum(log, self.global_log_mel_max - 8)
-        return mx.array((log + 4) / 4)
-
+        return mx.array((np.maximum(log, self.global_log_mel_max - 8) + 4) / 4)
 
 def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
     """Log-mel of a whole signal: 16 kHz samples [n] -> [n // 160, 128] float32.
 
-    Frame f is centred on sample 160 f; beyond both ends there is silence. As in Whisper, the frame
-    centred on the end is dropped.
+    Frame f is centred on sample 160 f, with silence around the signal; as in Whisper, the frame
+    centred on its end is dropped.
     """
     padded = np.pad(np.asarray(samples, np.float32), spectrogram.window_size // 2)
     return spectrogram.frames(padded)[: len(samples) // spectrogram.hop_length]
 
-
 class Carry:
-    """What a window that moves along a signal still needs of the past.
+    """What windows that move along a signal still need of its past.
 
-    The windows have `kernel` inputs and move by `stride` <= `kernel`; `zeros` stand in front of the
-    signal. After n windows the next one starts at input n * stride, so everything from there on is
-    kept. (Keeping the last kernel - stride inputs looks the same, and is wrong as soon as a chunk
-    does not end where a window ends.) Spectrum, convolutions and adapter all are such windows.
+    They have `kernel` inputs and move by `stride` <= `kernel`; `zeros` stand before the signal. After
+    n windows the next one begins at input n * stride: from there on everything is kept. (To keep the
+    last kernel - stride inputs looks the same, and drops some whenever a chunk ends between windows.)
     """
 
     def __init__(self, kernel: int, stride: int, zeros: int):
         self.kernel, self.stride, self.zeros = kernel, stride, zeros
         self.rest: Any = None  # [..., n, C], of the signal's own array type
 
-    def __call__(self, x):
-        """The next inputs [..., n, C] -> the inputs [..., m, C] of the windows now complete."""
+    def __call__(self, x: Any) -> Any:
+        """The next inputs [..., n, C] -> the inputs [..., m, C] of the windows they complete."""
         xp: Any = np if isinstance(x, np.ndarray) else mx
         if self.rest is None:
             self.rest = xp.zeros((*x.shape[:-2], self.zeros, x.shape[-1]), x.dtype)
@@ -210,14 +191,12 @@ class Carry:
         self.rest = x[..., windows * self.stride :, :]
         return x[..., :end, :]
 
-
 # --------------------------------------------------------------------------------------- attention
-# Encoder and decoder share these blocks. Names and sizes are those of params.json.
-
+# What encoder and decoder share. Names and sizes are those of params.json.
 
 @dataclass(frozen=True)
 class TransformerArgs:
-    """The sizes of a transformer, read from one section of params.json."""
+    """The sizes of a transformer, from one section of params.json."""
 
     dim: int
     n_layers: int
@@ -228,41 +207,37 @@ class TransformerArgs:
     sliding_window: int
     rope_theta: float
     norm_eps: float
-    use_biases: bool
-
 
 class KVCache:
     """Rotated keys, and values, of the last `window` positions, oldest first.
 
-    The buffer is appended to in place. When it is full, one with as much room again takes over and
-    starts with the entries that are still in the window; so nothing is ever moved within a buffer,
-    and the cost per position is constant. A position is an *index into the buffer*: attention sees
-    differences of positions only, so the kept keys can be turned back to the new origin. Counted
-    from the start of the stream instead, positions would reach 4.3 million in a day, where float32
-    angles are wrong by 0.25 rad; here they stay below twice the window, and a key turns back once.
+    The buffer is appended to in place. A full one is replaced by one with as much room again, which
+    starts with the entries still in the window: nothing moves within a buffer, no step is special.
+    A position is an *index into the buffer*. Attention sees differences of positions only, so when
+    a new buffer begins, the kept keys are turned back to its origin. Counted from the start of the
+    stream, positions would reach 4.3 million in a day, and float32 angles be wrong by 0.25 rad; so
+    they stay below two windows, and each key is turned back at most once.
     """
 
     def __init__(self, args: TransformerArgs):
-        self.window = args.sliding_window
-        self.rope = partial(
-            mx.fast.rope, dims=args.head_dim, traditional=True, base=args.rope_theta, scale=1.0
-        )
-        self.length = 0
-        self.keys = self.values = mx.array(0)  # the first append makes the buffers
+        self.window, self.length = args.sliding_window, 0
+        turn = {"dims": args.head_dim, "traditional": True, "base": args.rope_theta, "scale": 1.0}
+        self.rope = partial(mx.fast.rope, **turn)  # traditional: neighbours 2i and 2i + 1 turn
+        self.keys = self.values = mx.zeros((0, 0, 0))  # append makes the buffers
 
     def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, int]:
         """Add k and v [B, H, T, head_dim], k not rotated yet.
 
-        Returns the keys and values [B, H, L, head_dim] that the T new positions can see, L being
-        at most window - 1 + T, and the position of the first new one.
+        Returns the keys and values [B, H, L, head_dim], L < window + T, that the T new positions
+        see, and the first one's position.
         """
         T, kept = k.shape[2], min(self.length, self.window - 1)
-        if self.length == 0 or self.length + T > self.keys.shape[2]:
+        if self.length + T > self.keys.shape[2]:
             old_k = old_v = k[:, :, :0]
             if kept:
                 first = self.length - kept
                 old_k, old_v = (x[:, :, first : self.length] for x in (self.keys, self.values))
-                # All positions move by the same amount: rope sees each as position 0 of a batch.
+                # All turn by one angle: as if each were alone, at position 0, in a batch of keys.
                 old_k = self.rope(old_k.swapaxes(0, 2), offset=-first).swapaxes(0, 2)
             room = mx.zeros((*k.shape[:2], max(T, kept), k.shape[3]), k.dtype)
             self.keys = mx.concatenate([old_k, room], axis=2)
@@ -274,80 +249,128 @@ class KVCache:
         seen = slice(start - kept, self.length)
         return self.keys[:, :, seen], self.values[:, :, seen], start
 
-
 @lru_cache(maxsize=8)
 def band(T: int, L: int, window: int, dtype: mx.Dtype) -> mx.array:
     """The mask [T, L] by which the last T of L positions see `window` positions, themselves last.
 
-    It is added to the scores: CUDA has a fused kernel for that, but none for a boolean mask.
+    It is added to the scores: CUDA has a fused kernel for that, and none for a boolean mask.
     """
     distance = mx.arange(L - T, L)[:, None] - mx.arange(L)
-    hidden = (distance < 0) | (distance >= window)
-    return mx.where(hidden, mx.finfo(dtype).min, 0.0).astype(dtype)
-
+    return mx.where((distance >= 0) & (distance < window), 0.0, mx.finfo(dtype).min).astype(dtype)
 
 def windowed_attention(q: mx.array, k: mx.array, v: mx.array, window: int) -> mx.array:
-    """Attention of the last T of L positions over `window` keys each: q [B, H, T, head_dim].
-
-    Long chunks go in blocks of one window, so that a query meets two windows of keys at most,
-    however long the chunk. Few rows go one by one: a single query sees all of its keys and needs
-    no mask, and on CUDA the kernel for many rows is planned anew, for 3 ms, at every new L.
-    """
+    """Attention of the last T of L positions, q [B, H, T, head_dim], over `window` keys each."""
+    attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
     T, past = q.shape[2], k.shape[2] - q.shape[2]
-    block = window if T > 8 else 1
-    rows = []
+    if T == 1:
+        return attend(q, k, v)  # the cache holds what it sees, and no more
+    # In blocks of one window a query meets at most two windows of keys, however many come at once.
+    # Few rows go one by one: without a mask, and on CUDA without planning a kernel at every new L.
+    block, rows = window if T > 8 else 1, []
     for start in range(0, T, block):
         end = min(start + block, T)
         seen = slice(max(0, past + start + 1 - window), past + end)
         n, length = end - start, seen.stop - seen.start
-        mask = None if n == 1 else "causal" if length <= window else band(n, length, window, q.dtype)
-        rows.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, seen], v[:, :, seen], scale=q.shape[3] ** -0.5, mask=mask
-            )
-        )
-    return rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=2)
-
+        mask = "causal" if length <= window else band(n, length, window, q.dtype) if n > 1 else None
+        rows.append(attend(q[:, :, start:end], k[:, :, seen], v[:, :, seen], mask=mask))
+    return mx.concatenate(rows, axis=2)
 
 class Attention(nn.Module):
-    """Self-attention over the sliding window, with grouped queries where n_kv_heads < n_heads."""
+    """Self-attention over a sliding window; grouped queries where n_kv_heads < n_heads."""
 
-    def __init__(self, args: TransformerArgs):
+    def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.head_dim = args.head_dim
         q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-        self.q_proj = nn.Linear(args.dim, q_dim, bias=args.use_biases)
-        self.k_proj = nn.Linear(args.dim, kv_dim, bias=False)  # a constant here cancels in softmax
-        self.v_proj = nn.Linear(args.dim, kv_dim, bias=args.use_biases)
-        self.o_proj = nn.Linear(q_dim, args.dim, bias=args.use_biases)
+        self.q_proj = nn.Linear(args.dim, q_dim, bias=bias)
+        self.k_proj = nn.Linear(args.dim, kv_dim, bias=False)  # softmax would cancel a bias here
+        self.v_proj = nn.Linear(args.dim, kv_dim, bias=bias)
+        self.o_proj = nn.Linear(q_dim, args.dim, bias=bias)
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_proj(x).reshape(heads).swapaxes(1, 2)  # [B, H, T, head_dim]
-        k = self.k_proj(x).reshape(heads).swapaxes(1, 2)  # [B, kv heads, T, head_dim]
+        k = self.k_proj(x).reshape(heads).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
         v = self.v_proj(x).reshape(heads).swapaxes(1, 2)
         keys, values, position = cache.append(k, v)
         q = cache.rope(q, offset=position)
         out = windowed_attention(q, keys, values, cache.window)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
 
-
 class SwiGLU(nn.Module):
     """The feed-forward part: one projection gates another."""
 
-    def __init__(self, args: TransformerArgs):
+    def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
         self.up_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=args.use_biases)
+        self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
+class Block(nn.Module):
+    """A pre-norm transformer layer; the encoder's have biases."""
+
+    def __init__(self, args: TransformerArgs, bias: bool):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args, bias)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.mlp = SwiGLU(args, bias)
+
+    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array) -> mx.array:
+        """x [B, T, D] -> [B, T, D]; `ffn_weight` [D] stands in for ffn_norm's, see Decoder."""
+        x = x + self.attention(self.attn_norm(x), cache)
+        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))
+
+# ------------------------------------------------------------------------ encoder, adapter, decoder
+
+class AudioMemory:
+    """All that one stream's encoder and adapter remember between two pieces of sound."""
+
+    def __init__(self, model: Voxtral):
+        self.conv1 = Carry(kernel=3, stride=1, zeros=2)
+        self.conv2 = Carry(kernel=3, stride=2, zeros=1)
+        self.group = Carry(model.downsample_factor, model.downsample_factor, zeros=0)
+        self.caches = [KVCache(model.encoder_args) for _ in model.encoder.layers]
+
+class Encoder(nn.Module):
+    """Whisper's encoder made causal: two convolutions, then layers with a sliding window."""
+
+    def __init__(self, args: TransformerArgs, num_mel_bins: int):
+        super().__init__()
+        self.conv1 = nn.Conv1d(num_mel_bins, args.dim, kernel_size=3)
+        self.conv2 = nn.Conv1d(args.dim, args.dim, kernel_size=3, stride=2)
+        self.layers = [Block(args, bias=True) for _ in range(args.n_layers)]
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
+
+    def __call__(self, mel: mx.array, memory: AudioMemory) -> mx.array:
+        """The next log-mel frames [B, F, C] -> the encoder frames [B, T, D] they complete, T ~ F/2."""
+        x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
+        for conv, carry in ((self.conv1, memory.conv1), (self.conv2, memory.conv2)):
+            x = carry(x)
+            if x.shape[1] == 0:  # not one window yet
+                return mx.zeros((x.shape[0], 0, conv.weight.shape[0]), x.dtype)
+            x = nn.gelu(conv(x))
+        for layer, cache in zip(self.layers, memory.caches):
+            x = layer(x, cache, layer.ffn_norm.weight)
+        return self.norm(x)
+
+class Adapter(nn.Module):
+    """From sound to the decoder's space: `factor` encoder frames, side by side, to one embedding."""
+
+    def __init__(self, frames_dim: int, dim: int):
+        super().__init__()
+        self.w_in = nn.Linear(frames_dim, dim, bias=False)
+        self.w_out = nn.Linear(dim, dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.w_out(nn.gelu(self.w_in(x)))
 
 class AdaNorm(nn.Module):
-    """The decoder layer's ear for the delay: delay embedding [D] -> scale [D], around 0."""
+    """A decoder layer's ear for the delay: its embedding [1, D] -> a scale [1, D] around 0."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -357,519 +380,276 @@ class AdaNorm(nn.Module):
     def __call__(self, t: mx.array) -> mx.array:
         return self.linear_out(nn.gelu(self.linear_in(t)))
 
-
-class Block(nn.Module):
-    """A pre-norm transformer layer. Only a decoder's has `ada_norm`."""
-
-    def __init__(self, args: TransformerArgs, ada_dim: int = 0):
-        super().__init__()
-        self.attention = Attention(args)
-        self.mlp = SwiGLU(args)
-        self.attn_norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
-        if ada_dim:
-            self.ada_norm = AdaNorm(args.dim, ada_dim)
-
-    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array) -> mx.array:
-        """x [B, T, D] -> [B, T, D]; `ffn_weight` [D] is ffn_norm's, in a decoder times 1 + ada."""
-        x = x + self.attention(self.attn_norm(x), cache)
-        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))
-
-
-# ------------------------------------------------------------------------ encoder, adapter, decoder
-
-
-class AudioMemory:
-    """All that the encoder and the adapter of one stream remember between two pieces of sound."""
-
-    def __init__(self, model: Voxtral):
-        self.conv1 = Carry(kernel=3, stride=1, zeros=2)
-        self.conv2 = Carry(kernel=3, stride=2, zeros=1)
-        self.group = Carry(model.downsample_factor, model.downsample_factor, zeros=0)
-        self.caches = [KVCache(model.encoder_args) for _ in model.encoder.layers]
-
-
-class Encoder(nn.Module):
-    """A Whisper-like encoder made causal: two convolutions, then layers with a sliding window."""
-
-    def __init__(self, args: TransformerArgs, num_mel_bins: int):
-        super().__init__()
-        self.conv1 = nn.Conv1d(num_mel_bins, args.dim, kernel_size=3)
-        self.conv2 = nn.Conv1d(args.dim, args.dim, kernel_size=3, stride=2)
-        self.layers = [Block(args) for _ in range(args.n_layers)]
-        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
-
-    def __call__(self, mel: mx.array, memory: AudioMemory) -> mx.array:
-        """The next log-mel frames [B, F, C] -> the encoder frames [B, about F / 2, D] they allow."""
-        x = mel.astype(self.conv1.weight.dtype)  # all that follows is in the dtype of the weights
-        for conv, carry in ((self.conv1, memory.conv1), (self.conv2, memory.conv2)):
-            x = carry(x)
-            if x.shape[1] == 0:  # too little for one window
-                return mx.zeros((x.shape[0], 0, conv.weight.shape[0]), x.dtype)
-            x = nn.gelu(conv(x))
-        for layer, cache in zip(self.layers, memory.caches):
-            x = layer(x, cache, layer.ffn_norm.weight)
-        return self.norm(x)
-
-
-class Adapter(nn.Module):
-    """From sound to the decoder's space: `factor` frames side by side through two layers."""
-
-    def __init__(self, frame_dim: int, dim: int):
-        super().__init__()
-        self.w_in = nn.Linear(frame_dim, dim, bias=False)
-        self.w_out = nn.Linear(dim, dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.w_out(nn.gelu(self.w_in(x)))
-
-
 class Decoder(nn.Module):
-    """A language model whose input at every position is a token's embedding plus sound."""
+    """A language model whose input at each position is a token's embedding plus a sound's."""
 
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, args.dim)
-        self.layers = [Block(args, ada_dim) for _ in range(args.n_layers)]
+        self.layers = [Block(args, bias=False) for _ in range(args.n_layers)]
+        for layer in self.layers:
+            layer.ada_norm = AdaNorm(args.dim, ada_dim)
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def ffn_weights(self, delay: int) -> list[mx.array]:
-        """Every layer's ffn_norm weight [D] for a delay of so many tokens: weight * (1 + ada(t)).
+        """Each layer's ffn_norm weight [D] times 1 + ada(t), for a delay of so many tokens.
 
-        The delay is embedded like a position in the first transformers: cosines and sines of
-        geometrically spaced frequencies. The scale depends on the delay alone, so it is folded into
-        the norm's own weight once per stream and costs a step nothing.
+        t embeds the delay as the first transformers did positions: cosines and sines of geometrically
+        spaced frequencies. As nothing else enters, this is done once per stream and a step pays nothing.
         """
-        dtype, D = self.norm.weight.dtype, self.norm.weight.shape[0]
-        inv_freq = mx.exp(-math.log(10000.0) * mx.arange(D // 2) / (D // 2))
-        t = mx.concatenate([mx.cos(delay * inv_freq), mx.sin(delay * inv_freq)]).astype(dtype)
-        # [None] and [0]: a quantised product on CUDA wants two dimensions.
-        return [layer.ffn_norm.weight * (1 + layer.ada_norm(t[None])[0]) for layer in self.layers]
+        weight = self.norm.weight
+        half = weight.shape[0] // 2
+        angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)
+        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(weight.dtype)
+        return [layer.ffn_norm.weight * (1 + layer.ada_norm(t)[0]) for layer in self.layers]
 
     def __call__(self, x: mx.array, ffn_weights: list[mx.array], caches: list[KVCache]) -> mx.array:
-        """Inputs [B, T, D] -> the last layer's normed output [B, T, D]."""
+        """Inputs [B, T, D] -> the last layer's normed output [B, T, D]; its logits are as_linear's."""
         for layer, weight, cache in zip(self.layers, ffn_weights, caches):
             x = layer(x, cache, weight)
         return self.norm(x)
 
-
 class Voxtral(nn.Module):
-    """The whole model; `config` is the content of params.json (see `read_config`)."""
+    """The whole model. `config` is the content of params.json; KeyError or ValueError if it is not."""
 
     def __init__(self, config: dict):
         super().__init__()
-        whisper = section(config, "multimodal", "whisper_model_args")
-        audio = section(whisper, "encoder_args")
-        self.encoder_args, self.decoder_args = transformer_args(audio), transformer_args(config)
-        mel = section(audio, "audio_encoding_args")
-        self.spectrogram = Spectrogram(
-            **{field.name: number(mel, field.name, type(field.default)) for field in fields(Spectrogram)}
-        )
-        self.downsample_factor = number(section(whisper, "downsample_args"), "downsample_factor")
+        whisper = config["multimodal"]["whisper_model_args"]
+        audio = whisper["encoder_args"]
+        self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
+        self.encoder_args = read_args(TransformerArgs, {"n_kv_heads": audio.get("n_heads"), **audio})
+        self.decoder_args = read_args(TransformerArgs, config)
+        self.downsample_factor = number(whisper["downsample_args"], "downsample_factor")
         self.vocab_size = number(config, "vocab_size")
-        ada_dim = number(config, "ada_rms_norm_t_cond_dim")
         self.encoder = Encoder(self.encoder_args, self.spectrogram.num_mel_bins)
         self.adapter = Adapter(self.encoder_args.dim * self.downsample_factor, self.decoder_args.dim)
+        ada_dim = number(config, "ada_rms_norm_t_cond_dim")
         self.language_model = Decoder(self.decoder_args, self.vocab_size, ada_dim)
+        # A long signal is encoded in blocks of four windows: rows enough to keep a GPU busy, while
+        # what they need stays small beside the weights. In audio embeddings:
+        self.block = max(1, 4 * self.encoder_args.sliding_window // self.downsample_factor)
 
     def embed_audio(self, mel: mx.array, memory: AudioMemory) -> mx.array:
-        """The next log-mel frames [B, F, 128] -> the audio embeddings [B, about F / 8, D] they allow."""
+        """The next log-mel frames [B, F, C] -> the audio embeddings [B, T, D] they complete, T ~ F/8."""
         x = memory.group(self.encoder(mel, memory))  # [B, T * factor, D of the encoder]
         return self.adapter(x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2]))
 
     def encode(self, mel: mx.array) -> mx.array:
-        """Log-mel of a whole signal [F, 128] -> its audio embeddings [F // 8, D], one per 80 ms."""
-        memory, block = AudioMemory(self), self.encoder_block * 2 * self.downsample_factor
-        parts = [self.embed_audio(mel[None, i : i + block], memory) for i in range(0, len(mel), block)]
+        """Log-mel of a whole signal [F, C] -> its audio embeddings [F // 8, D], one per 80 ms."""
+        memory, step = AudioMemory(self), self.block * 2 * self.downsample_factor
+        parts = [self.embed_audio(mel[None, i : i + step], memory) for i in range(0, len(mel), step)]
         return mx.concatenate(parts, axis=1)[0]
 
-    @property
-    def encoder_block(self) -> int:
-        """How many audio embeddings of a long signal are made at once: four encoder windows' worth.
-
-        Enough rows to keep a GPU busy, while what they need stays small beside the weights.
-        """
-        return max(1, 4 * self.encoder_args.sliding_window // self.downsample_factor)
-
-
 # ------------------------------------------------------------------------------------- checkpoints
-# The same weights are published in four layouts. Three of them are renamed to the fourth, which voxmlx
-# defined and whose names the modules above carry. A table maps names of modules; "N" stands for the
-# index of a layer, and a name that starts with a dot is inside every layer.
+# The weights are published in four layouts: "converted" (by voxmlx), whose names the modules above
+# carry; "original" (params.json, consolidated.safetensors); mlx-audio's; transformers'. Of modules
+# that are called differently, the names in each; N is the index of a layer, and a name that starts
+# with a dot is inside a layer.
 
-ORIGINAL = {
-    "whisper_encoder.conv_layers.0.conv": "encoder.conv1",
-    "whisper_encoder.conv_layers.1.conv": "encoder.conv2",
-    "whisper_encoder.transformer.norm": "encoder.norm",
-    "audio_language_projection.0": "adapter.w_in",
-    "audio_language_projection.2": "adapter.w_out",
-    "tok_embeddings": "language_model.embed_tokens",
-    "norm": "language_model.norm",
-    "whisper_encoder.transformer.layers.N": "encoder.layers.N",
-    "layers.N": "language_model.layers.N",
-    ".attention_norm": ".attn_norm",
-    ".attention.wq": ".attention.q_proj",
-    ".attention.wk": ".attention.k_proj",
-    ".attention.wv": ".attention.v_proj",
-    ".attention.wo": ".attention.o_proj",
-    ".ffn_norm": ".ffn_norm",
-    ".feed_forward.w1": ".mlp.gate_proj",
-    ".feed_forward.w2": ".mlp.down_proj",
-    ".feed_forward.w3": ".mlp.up_proj",
-    ".ada_rms_norm_t_cond.0": ".ada_norm.linear_in",
-    ".ada_rms_norm_t_cond.2": ".ada_norm.linear_out",
-}
-MLX_AUDIO = {
-    "encoder.conv_layers_0_conv.conv": "encoder.conv1",
-    "encoder.conv_layers_1_conv.conv": "encoder.conv2",
-    "encoder.transformer_norm": "encoder.norm",
-    "encoder.audio_language_projection_0": "adapter.w_in",
-    "encoder.audio_language_projection_2": "adapter.w_out",
-    "decoder.tok_embeddings": "language_model.embed_tokens",
-    "decoder.norm": "language_model.norm",
-    "encoder.transformer_layers.N": "encoder.layers.N",
-    "decoder.layers.N": "language_model.layers.N",
-    ".attention_norm": ".attn_norm",
-    ".attention.wq": ".attention.q_proj",
-    ".attention.wk": ".attention.k_proj",
-    ".attention.wv": ".attention.v_proj",
-    ".attention.wo": ".attention.o_proj",
-    ".ffn_norm": ".ffn_norm",
-    ".feed_forward_w1": ".mlp.gate_proj",
-    ".feed_forward_w2": ".mlp.down_proj",
-    ".feed_forward_w3": ".mlp.up_proj",
-    ".ada_rms_norm_t_cond.ada_down": ".ada_norm.linear_in",
-    ".ada_rms_norm_t_cond.ada_up": ".ada_norm.linear_out",
-}
-TRANSFORMERS = {
-    "audio_tower.embedder.conv1": "encoder.conv1",
-    "audio_tower.embedder.conv2": "encoder.conv2",
-    "audio_tower.norm": "encoder.norm",
-    "multi_modal_projector.linear_1": "adapter.w_in",
-    "multi_modal_projector.linear_2": "adapter.w_out",
-    "language_model.model.embed_tokens": "language_model.embed_tokens",
-    "language_model.model.norm": "language_model.norm",
-    "audio_tower.layers.N": "encoder.layers.N",
-    "language_model.model.layers.N": "language_model.layers.N",
-    ".self_attn_layer_norm": ".attn_norm",  # so in the encoder
-    ".input_layernorm": ".attn_norm",  # ... and so in the decoder
-    ".self_attn.q_proj": ".attention.q_proj",
-    ".self_attn.k_proj": ".attention.k_proj",
-    ".self_attn.v_proj": ".attention.v_proj",
-    ".self_attn.o_proj": ".attention.o_proj",
-    ".final_layer_norm": ".ffn_norm",
-    ".post_attention_layernorm": ".ffn_norm",
-    ".mlp.gate_proj": ".mlp.gate_proj",
-    ".mlp.down_proj": ".mlp.down_proj",
-    ".mlp.up_proj": ".mlp.up_proj",
-    ".ada_rms_norm.linear1": ".ada_norm.linear_in",
-    ".ada_rms_norm.linear2": ".ada_norm.linear_out",
-}
-TABLES: dict[str, dict[str, str]] = {
-    "converted": {}, "original": ORIGINAL, "mlx-audio": MLX_AUDIO, "transformers": TRANSFORMERS
-}
-TIED = ("output.weight", "lm_head.weight", "language_model.lm_head.weight")  # = the embedding
-ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4}  # bytes; U32 holds packed quantised weights
-TRANSFORMERS_FIELDS = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "hidden_dim": "intermediate_size",
-    "sliding_window": "sliding_window",
-    "norm_eps": "rms_norm_eps",
-    "vocab_size": "vocab_size",
-}
+LAYOUTS = ("converted", "original", "mlx-audio", "transformers")
+NAMES = (
+    ("encoder.conv1", "whisper_encoder.conv_layers.0.conv",
+     "encoder.conv_layers_0_conv.conv", "audio_tower.embedder.conv1"),
+    ("encoder.conv2", "whisper_encoder.conv_layers.1.conv",
+     "encoder.conv_layers_1_conv.conv", "audio_tower.embedder.conv2"),
+    ("encoder.layers.N", "whisper_encoder.transformer.layers.N",
+     "encoder.transformer_layers.N", "audio_tower.layers.N"),
+    ("encoder.norm", "whisper_encoder.transformer.norm",
+     "encoder.transformer_norm", "audio_tower.norm"),
+    ("adapter.w_in", "audio_language_projection.0",
+     "encoder.audio_language_projection_0", "multi_modal_projector.linear_1"),
+    ("adapter.w_out", "audio_language_projection.2",
+     "encoder.audio_language_projection_2", "multi_modal_projector.linear_2"),
+    ("language_model.embed_tokens", "tok_embeddings",
+     "decoder.tok_embeddings", "language_model.model.embed_tokens"),
+    ("language_model.layers.N", "layers.N", "decoder.layers.N", "language_model.model.layers.N"),
+    ("language_model.norm", "norm", "decoder.norm", "language_model.model.norm"),
+    (".attn_norm", ".attention_norm", ".attention_norm", ".self_attn_layer_norm"),
+    (".attn_norm", ".attention_norm", ".attention_norm", ".input_layernorm"),  # in the decoder
+    (".attention.q_proj", ".attention.wq", ".attention.wq", ".self_attn.q_proj"),
+    (".attention.k_proj", ".attention.wk", ".attention.wk", ".self_attn.k_proj"),
+    (".attention.v_proj", ".attention.wv", ".attention.wv", ".self_attn.v_proj"),
+    (".attention.o_proj", ".attention.wo", ".attention.wo", ".self_attn.o_proj"),
+    (".ffn_norm", ".ffn_norm", ".ffn_norm", ".final_layer_norm"),
+    (".ffn_norm", ".ffn_norm", ".ffn_norm", ".post_attention_layernorm"),  # in the decoder
+    (".mlp.gate_proj", ".feed_forward.w1", ".feed_forward_w1", ".mlp.gate_proj"),
+    (".mlp.down_proj", ".feed_forward.w2", ".feed_forward_w2", ".mlp.down_proj"),
+    (".mlp.up_proj", ".feed_forward.w3", ".feed_forward_w3", ".mlp.up_proj"),
+    (".ada_norm.linear_in", ".ada_rms_norm_t_cond.0",
+     ".ada_rms_norm_t_cond.ada_down", ".ada_rms_norm.linear1"),
+    (".ada_norm.linear_out", ".ada_rms_norm_t_cond.2",
+     ".ada_rms_norm_t_cond.ada_up", ".ada_rms_norm.linear2"),
+)
+TRANSFORMERS_FIELDS = (  # in params.json, and in transformers' config.json
+    ("dim", "hidden_size"), ("n_layers", "num_hidden_layers"), ("n_heads", "num_attention_heads"),
+    ("n_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"), ("vocab_size", "vocab_size"),
+    ("hidden_dim", "intermediate_size"), ("sliding_window", "sliding_window"),
+    ("norm_eps", "rms_norm_eps"),
+)
 
+def number(config: dict, name: str, kind: str = "int") -> Any:
+    """A field of a configuration: a positive number, of a size that can be."""
+    value, most = config[name], 1000 if name == "n_layers" else 1 << 24
+    right = type(value) is int or (type(value) is float and kind == "float")
+    if not right or not 0 < value <= most:
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
-def section(config: Any, *names: str) -> dict:
-    """A part of a configuration that must be there and be a JSON object."""
-    for name in names:
-        config = config.get(name) if isinstance(config, dict) else None
-    if not isinstance(config, dict):
-        raise VoxtralError(f"the configuration has no section {'.'.join(names)}")
-    return config
-
-
-def number(config: dict, name: str, kind: Any = int, default: Any = None, most: float = 1 << 20) -> Any:
-    """A field of a configuration that must be a positive number of a possible size."""
-    value = config.get(name, default)
-    right_type = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not right_type or not 0 < value <= most:
-        raise VoxtralError(f"the configuration's {name} is {value!r}, not a number that is possible")
-    return kind(value)
-
-
-def transformer_args(config: dict) -> TransformerArgs:
-    """The sizes in one section of params.json. Raises VoxtralError for what cannot be."""
-    names = ("dim", "n_heads", "head_dim", "hidden_dim", "sliding_window")
-    args = TransformerArgs(
-        **{name: number(config, name) for name in names},
-        n_layers=number(config, "n_layers", most=1000),
-        n_kv_heads=number(config, "n_kv_heads", default=config.get("n_heads")),
-        rope_theta=number(config, "rope_theta", float, most=1e12),
-        norm_eps=number(config, "norm_eps", float, most=1),
-        use_biases=config.get("use_biases") is True,
-    )
-    if args.n_heads % args.n_kv_heads or args.head_dim % 2 or args.dim % 2:
-        raise VoxtralError(f"these sizes do not go together: {args}")
-    return args
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise VoxtralError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise VoxtralError(f"{path}: not JSON ({error})") from error
-
+def read_args(cls: Any, config: dict) -> Any:
+    """A dataclass of sizes, from the fields of a configuration that have the same names."""
+    return cls(**{field.name: number(config, field.name, str(field.type)) for field in fields(cls)})
 
 def read_config(folder: Path) -> tuple[str, dict]:
-    """Recognise the layout of a folder: its name in TABLES, and its configuration as in params.json."""
-    params = folder / "params.json"
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if not isinstance(config, dict):
-        raise VoxtralError(f"{folder / 'config.json'}: not a configuration")
+    """The layout of a folder, one of LAYOUTS, and its configuration in the form of params.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
     if "multimodal" in config:
-        layout = "converted"
-    elif params.is_file() and ((folder / "consolidated.safetensors").is_file() or not config):
-        layout, config = "original", section({str(params): read_json(params)}, str(params))
-    elif "encoder_args" in config and "decoder" in config:
-        layout, config = "mlx-audio", config_of_mlx_audio(config)
-    elif config.get("model_type") == "voxtral_realtime":
-        layout, config = "transformers", config_of_transformers(config)
-    elif config:
-        kind = config.get("model_type", "unknown")
-        raise VoxtralError(f"{folder}: a {kind} checkpoint; this program runs Voxtral Realtime only")
-    else:
-        raise VoxtralError(f"{folder}: not a model folder (no config.json, no params.json)")
-    if "ada_rms_norm_t_cond_dim" not in config:  # the delay's network: offline models have none
-        raise VoxtralError(
-            f"{folder}: a Voxtral that is not Realtime, or an incomplete configuration"
-            " (no ada_rms_norm_t_cond_dim); needed: Voxtral Mini 4B Realtime"
-        )
-    return layout, config
-
-
-def config_of_mlx_audio(config: dict) -> dict:
-    audio = dict(section(config, "encoder_args"))
-    audio.setdefault("audio_encoding_args", config.get("audio_encoding_args"))
-    downsample = {"downsample_factor": audio.pop("downsample_factor", 4)}
+        return "converted", config
+    if (folder / "params.json").is_file() and (folder / "consolidated.safetensors").is_file():
+        return "original", json.loads((folder / "params.json").read_bytes())
+    if "encoder_args" in config and "decoder" in config:
+        audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
+        whisper = {"encoder_args": audio, "downsample_args": audio}
+        settings = {"quantization": config.get("quantization")}
+        return "mlx-audio", {**config["decoder"], **settings, "multimodal": {"whisper_model_args": whisper}}
+    if config.get("model_type") != "voxtral_realtime":
+        what = f"a checkpoint of type {config.get('model_type')}" if config else "not a model folder"
+        raise VoxtralError(f"{folder}: {what}; needed: Voxtral Mini 4B Realtime and its weights")
+    audio, text = (
+        {ours: config[part][theirs] for ours, theirs in TRANSFORMERS_FIELDS if theirs in config[part]}
+        | {"rope_theta": config[part]["rope_parameters"]["rope_theta"]}
+        for part in ("audio_config", "text_config")
+    )
+    audio["audio_encoding_args"] = asdict(Spectrogram())
+    downsample = {"downsample_factor": config["downsample_factor"]}
     whisper = {"encoder_args": audio, "downsample_args": downsample}
-    rest = {"quantization": config["quantization"]} if "quantization" in config else {}
-    return {**section(config, "decoder"), **rest, "multimodal": {"whisper_model_args": whisper}}
-
-
-def config_of_transformers(config: dict) -> dict:
-    def renamed(part: dict) -> dict:
-        found = {ours: part[theirs] for ours, theirs in TRANSFORMERS_FIELDS.items() if theirs in part}
-        return {**found, "rope_theta": section(part, "rope_parameters").get("rope_theta")}
-
-    audio_config = section(config, "audio_config")
-    mel = {**asdict(Spectrogram()), "num_mel_bins": audio_config.get("num_mel_bins")}
-    encoder = {**renamed(audio_config), "use_biases": True, "audio_encoding_args": mel}
-    downsample = {"downsample_factor": config.get("downsample_factor", 4)}
-    ada = {"ada_rms_norm_t_cond": True, "ada_rms_norm_t_cond_dim": 32}  # fixed there
-    whisper = {"encoder_args": encoder, "downsample_args": downsample}
-    decoder = {**renamed(section(config, "text_config")), "tied_embeddings": True}
-    return {**decoder, **ada, "multimodal": {"whisper_model_args": whisper}}
-
+    ada = {"ada_rms_norm_t_cond_dim": 32}  # a constant of that code
+    return "transformers", {**text, **ada, "multimodal": {"whisper_model_args": whisper}}
 
 def weight_files(folder: Path, layout: str) -> list[Path]:
-    """The safetensors files of a checkpoint, all of them there."""
+    """The safetensors files of a checkpoint; all of them are there."""
     index = folder / "model.safetensors.index.json"
+    names = sorted(path.name for path in folder.glob("model*.safetensors")) or ["model.safetensors"]
     if layout == "original":
         names = ["consolidated.safetensors"]
     elif index.is_file():
-        names = sorted(set(map(str, section(read_json(index), "weight_map").values())))
-        if strange := [name for name in names if Path(name).name != name]:
-            raise VoxtralError(f"{index}: names a file outside the folder: {strange[0]}")
-    else:
-        names = sorted(path.name for path in folder.glob("model*.safetensors"))
-    if absent := [name for name in names or ["model.safetensors"] if not (folder / name).is_file()]:
-        raise VoxtralError(f"{folder}: the weights are missing: {', '.join(absent[:5])}")
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise VoxtralError(f"{folder}: the weights are incomplete: {name} is not in the folder")
     return [folder / name for name in names]
 
-
-def check_safetensors(path: Path) -> None:
-    """Raise VoxtralError unless every tensor's bytes are in the file.
-
-    MLX maps the file and reads it later, from another thread: what is wrong is better found now.
-    """
-    try:
-        with open(path, "rb") as file:
-            room = os.fstat(file.fileno()).st_size - 8
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if 0 < size <= room else None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                shape = tensor["shape"]
-                n = math.prod(shape) * ITEM_SIZE[tensor["dtype"]]
-                if not (0 <= begin <= end <= room - size and n == end - begin and min(shape, default=1) > 0):
-                    raise ValueError(name)
-    except OSError as error:
-        raise VoxtralError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise VoxtralError(f"{path}: damaged or cut short, or no weights in float32, float16,"
-                           f" bfloat16 or MLX's quantisation ({type(error).__name__}: {error})") from error
-
-
 def converted_name(name: str, table: dict[str, str]) -> str:
-    """A tensor's name in the converted layout; a name that the table does not know stays as it is."""
-    for prefix in ("mm_streams_embeddings.embedding_module.", "mm_whisper_embeddings."):
-        name = name.removeprefix(prefix)
+    """A tensor's name in the converted layout; what the table does not know stays as it is."""
+    name = re.sub(r"^(mm_streams_embeddings\.embedding_module|mm_whisper_embeddings)\.", "", name)
     module, _, kind = name.rpartition(".")
     if match := re.fullmatch(r"(.*\blayers|.*_layers)\.(\d+)(\..+)", module):
-        layer, inside = table.get(f"{match[1]}.N"), table.get(match[3])
-        if layer and inside:
-            return f"{layer.replace('N', match[2])}{inside}.{kind}"
+        layer, index, inside = match.groups()
+        layer = table.get(f"{layer}.N", f"{layer}.N").replace("N", index)
+        return f"{layer}{table.get(inside, inside)}.{kind}"
     return f"{table.get(module, module)}.{kind}"
 
-
 def interleaved(w: mx.array, head_dim: int) -> mx.array:
-    """Rows of q or k [H * head_dim, ...] from transformers' rotary order to pairs of neighbours.
+    """Rows [H * head_dim, ...] of q or k so that neighbours, 2i and 2i + 1, turn together.
 
-    There the pair (i, i + head_dim / 2) turns together, in every other layout (2i, 2i + 1).
+    In transformers' layout, rows i and i + head_dim / 2 of a head do.
     """
     return w.reshape(-1, 2, head_dim // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
-
 def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.array]:
     """All tensors of a checkpoint under their converted names; lazy, nothing is read yet."""
+    table = {names[LAYOUTS.index(layout)]: names[0] for names in NAMES}
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder, layout):
-        check_safetensors(path)
-        try:
-            tensors = mx.load(str(path))
-        except (RuntimeError, ValueError) as error:
-            raise VoxtralError(f"{path}: cannot be loaded ({error})") from error
+        tensors: Any = mx.load(str(path))
         for theirs, w in tensors.items():
-            name = converted_name(theirs, TABLES[layout])
-            if theirs in TIED:
-                continue
-            if name in weights:
-                raise VoxtralError(f"{path}: the tensor {theirs} stands in the checkpoint twice")
-            foreign = layout in ("original", "transformers")
-            if foreign and re.fullmatch(r"encoder\.conv\d\.weight", name) and w.ndim == 3:
+            name = converted_name(theirs, table)
+            if layout in ("original", "transformers") and "conv" in name and w.ndim == 3:
                 w = w.swapaxes(1, 2)  # [out, in, kernel] -> [out, kernel, in]
             if layout == "transformers" and re.search(r"\.[qk]_proj\.", name):
                 args = model.encoder_args if name.startswith("encoder") else model.decoder_args
-                w = interleaved(w, args.head_dim) if w.shape[0] % args.head_dim == 0 else w
-            weights[name] = w
+                w = interleaved(w, args.head_dim)
+            if not theirs.endswith(("output.weight", "lm_head.weight")):  # the embedding once more
+                weights[name] = w
     return weights
 
-
-def prepare_model(folder: Path, dtype: mx.Dtype | None) -> tuple[Voxtral, dict]:
+def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, dict]:
     """The model of a folder with its weights in place, still lazy, and its configuration."""
-    layout, config = read_config(folder)
-    model = Voxtral(config)
-    weights = read_weights(folder, layout, model)
-    if any(name.endswith(".scales") for name in weights):
-        settings = section(config, "quantization")
-        group_size, bits = (number(settings, name) for name in ("group_size", "bits"))
-        try:
-            # What is quantised is what the file has scales of, whatever rule its writer followed.
-            nn.quantize(model, group_size, bits, class_predicate=lambda path, _: f"{path}.scales" in weights)
-        except ValueError as error:
-            raise VoxtralError(f"{folder}: quantisation that does not fit the model ({error})") from error
-    check_weights(folder, model, weights)
-    # One type throughout, so that no stray float32 norm turns all activations behind it to float32.
-    dtype = dtype or weights["encoder.conv1.weight"].dtype
-    weights = {name: w if w.dtype == mx.uint32 else w.astype(dtype) for name, w in weights.items()}
-    model.load_weights(list(weights.items()))
-    return model, config
-
-
-def check_weights(folder: Path, model: Voxtral, weights: dict[str, mx.array]) -> None:
-    """Raise VoxtralError, naming up to five tensors, unless `weights` are just those of `model`."""
-    expected: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    wrong = [
-        f"{name} is {list(weights[name].shape)}, not {list(w.shape)}"
-        for name, w in expected.items()
-        if name in weights and (weights[name].shape, weights[name].dtype == mx.uint32)
-        != (w.shape, w.dtype == mx.uint32)
-    ]
-    for what, names in (
-        ("missing", sorted(expected.keys() - weights.keys())),
-        ("unexpected", sorted(weights.keys() - expected.keys())),
-        ("of the wrong shape", wrong),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise VoxtralError(f"{folder}: tensors are {what}: {', '.join(names[:5])}{more}")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """mistral-common's Tekkenizer of a folder; its `audio` holds the constants of the stream."""
-    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-
-    path = folder / "tekken.json"
-    if not path.is_file():
-        raise VoxtralError(f"{folder}: has no tekken.json, the tokenizer of mistralai's repository")
     try:
-        tokenizer = Tekkenizer.from_file(path)
-        tokenizer.get_special_token("[STREAMING_PAD]"), tokenizer.get_special_token("[STREAMING_WORD]")
-    except Exception as error:  # whatever mistral-common trips over, the file is what is wrong
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise VoxtralError(f"{path}: not a tokenizer that this mistral-common reads ({reason})") from error
-    if tokenizer.audio is None or not tokenizer.audio.is_streaming:
-        raise VoxtralError(f"{path}: not the tokenizer of a Realtime model (no streaming audio section)")
-    return tokenizer
-
+        layout, config = read_config(folder)
+        model = Voxtral(config)
+        weights = read_weights(folder, layout, model)
+        if any(name.endswith(".scales") for name in weights):
+            settings = config["quantization"]
+            nn.quantize(  # just what the file has scales of, whatever rule its writer followed
+                model, settings["group_size"], settings["bits"],
+                class_predicate=lambda path, _: f"{path}.scales" in weights,
+            )
+        # One type throughout: one float32 norm would turn all activations behind it to float32.
+        dtype = dtype or weights["encoder.conv1.weight"].dtype
+        dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
+        weights = {name: w if w.dtype == mx.uint32 else w.astype(dtype) for name, w in weights.items()}
+        model.load_weights(list(weights.items()))  # strict: what is missing, in excess, misshapen
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = ", ".join(str(error).split(",\n")[:5])  # names five tensors of possibly hundreds
+        raise VoxtralError(
+            f"{folder}: damaged, or not Voxtral Mini 4B Realtime ({type(error).__name__}: {why})"
+        ) from error
+    return model, config
 
 def load_voxtral_model(
     path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: str | mx.Dtype | None = None
 ) -> tuple[Voxtral, Any, dict]:
     """Load a checkpoint: a folder in any of the four layouts, or a hub id, which is downloaded.
 
-    `dtype` ("float32", "float16", "bfloat16" or an mx.Dtype) is the type to compute in; by default
-    that of the weights. Returns the model, its tokenizer and its configuration (as in params.json).
-    Raises VoxtralError for anything that is missing, damaged or does not fit together.
+    `dtype` ("float32", "float16", "bfloat16" or an mx.Dtype) is the type to compute in; the default
+    is that of the weights. Returns the model, mistral-common's tokenizer, whose `audio` holds the
+    constants of the stream, and the configuration in the form of params.json.
+    Raises VoxtralError for what is missing, damaged or does not go together, and OSError.
     """
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
     folder = find_folder(path_or_id)
-    model, config = prepare_model(folder, getattr(mx, dtype) if isinstance(dtype, str) else dtype)
-    tokenizer = load_tokenizer(folder)
-    audio, mel = tokenizer.audio, model.spectrogram
-    samples = mel.hop_length * 2 * model.downsample_factor
-    theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
-    if theirs != (model.vocab_size, SAMPLE_RATE, samples):
+    model, config = prepare_model(folder, dtype)
+    samples = model.spectrogram.hop_length * 2 * model.downsample_factor
+    try:
+        tokenizer = Tekkenizer.from_file(folder / "tekken.json")
+        audio: Any = tokenizer.audio
+        theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
+        assert theirs == (model.vocab_size, SAMPLE_RATE, samples) and audio.n_left_pad_tokens, theirs
+    except Exception as error:  # whatever mistral-common trips over, it is the file that is wrong
+        why = f"{type(error).__name__}: {error}"[:200]
         raise VoxtralError(
-            f"{folder}: tokenizer and model differ: (vocabulary, sampling rate, samples per token)"
-            f" is {theirs} in tekken.json and {(model.vocab_size, SAMPLE_RATE, samples)} in the model"
-        )
+            f"{folder / 'tekken.json'}: missing, not this model's, or not for this mistral-common ({why})"
+        ) from error
+    if mx.default_device() == mx.cpu:
+        # The same matrices with inputs outermost in memory: reference BLAS takes half the time. Not
+        # the embedding, whose rows are looked up.
+        for _, module in model.named_modules():
+            if type(module) is nn.Linear:
+                module.weight = mx.contiguous(module.weight.T).T
     mx.eval(model.parameters())
     return model, tokenizer, config
 
-
 def find_folder(path_or_id: str | Path) -> Path:
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
     if path.exists():
-        raise VoxtralError(f"{path}: is a file; a model is a folder")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) or str(path_or_id)[0] in "./~":
+        return path
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_id)):
         raise VoxtralError(f"{path_or_id}: no such folder, and not a hub id (owner/name)")
     return download_weights(str(path_or_id))
 
-
 def choose_files(names: Iterable[str], config: dict) -> list[str]:
-    """Of a repository's files those to download: one set of weights, its configuration, tekken.json.
+    """Of a repository's files those to download: one set of weights and what describes it.
 
-    `config` is the content of its config.json. mistralai's repository holds the 8.9 GB twice.
+    `config` is its config.json. (mistralai's repository holds the same 8.9 GB in two layouts.)
     """
-    names = set(names)
-    shards = {name for name in names if re.fullmatch(r"model-.*\.safetensors", name)}
-    weights = {"model.safetensors"} & names or shards
-    chosen = {"config.json", "model.safetensors.index.json"} | weights
-    if "multimodal" not in config and {"params.json", "consolidated.safetensors"} <= names:
-        chosen = weights = {"params.json", "consolidated.safetensors"}
-    if not weights or "tekken.json" not in names:
-        raise VoxtralError("the repository has no weights in safetensors, or no tekken.json")
-    return sorted((chosen | {"tekken.json"}) & names)
-
+    files, original = set(names), {"params.json", "consolidated.safetensors", "tekken.json"}
+    if original <= files and "multimodal" not in config:
+        return sorted(original)
+    shards = {name for name in files if re.fullmatch(r"model-.*\.safetensors", name)}
+    weights = {"model.safetensors"} & files or shards
+    return sorted(weights | {"config.json", "model.safetensors.index.json", "tekken.json"} & files)
 
 def download_weights(model_id: str) -> Path:
     """Download what is needed of a hub repository, or find it in the cache; return its folder."""
@@ -877,25 +657,18 @@ def download_weights(model_id: str) -> Path:
 
     try:
         names = [file.rfilename for file in HfApi().model_info(model_id).siblings or []]
-        config: Any = {}
-        if "config.json" in names:
-            config = read_json(Path(hf_hub_download(model_id, "config.json")))
+        path = hf_hub_download(model_id, "config.json") if "config.json" in names else None
+        config = json.loads(Path(path).read_bytes()) if path else {}
         return Path(snapshot_download(model_id, allow_patterns=choose_files(names, config)))
-    except VoxtralError as error:
-        raise VoxtralError(f"{model_id}: {error}") from error
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
-        raise VoxtralError(
-            f"{model_id}: no such repository on the hub, or a private one (then: hf auth login)"
-        ) from error
-    except Exception as error:  # the hub is out of reach, in one of a dozen classes of exceptions
+        why = "no such repository on the hub, or a private one (then: hf auth login)"
+        raise VoxtralError(f"{model_id}: {why}") from error
+    except Exception as error:  # no network, no space, ...: each version has other classes for it
         try:
             return Path(snapshot_download(model_id, local_files_only=True))
-        except Exception:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise VoxtralError(
-                f"{model_id}: cannot be downloaded ({reason}); with the files on disk: --model FOLDER"
-            ) from error
-
+        except errors.LocalEntryNotFoundError:
+            why = f"cannot be downloaded ({error}); with the files on disk: --model FOLDER"
+            raise VoxtralError(f"{model_id}: {why}") from error
 
 def convert(
     path_or_id: str | Path, out_dir: str | Path, *,
@@ -903,95 +676,82 @@ def convert(
 ) -> tuple[int, int]:
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
-    Returns the bytes of its tensors before and after. Raises VoxtralError if `out_dir` exists and
-    is not empty; whatever happens, nothing appears there before all of it is written.
+    Returns the size of its files before and after, in bytes. Raises VoxtralError unless `out_dir` is
+    new or empty. Whatever happens, nothing appears there before all of it is written.
     """
     folder, out = find_folder(path_or_id), Path(out_dir).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
-    model, config = prepare_model(folder, getattr(mx, dtype) if isinstance(dtype, str) else dtype)
-    load_tokenizer(folder)
-    before = sum(path.stat().st_size for path in weight_files(folder, read_config(folder)[0]))
-    if bits is not None:
-        if "quantization" in config:
-            raise VoxtralError(f"{folder}: is quantised already")
-        # All Linear layers and the embedding, which is the output layer too: their bytes are the
-        # time of a step. Norms, biases and the two convolutions are under 0.1 % of the bytes and
-        # stay. ada_norm.linear_in runs once a stream and could stay, but voxmlx expects it here.
-        nn.quantize(
-            model, group_size, bits, class_predicate=lambda _, module: hasattr(module, "to_quantized")
-            and module.weight.shape[-1] % group_size == 0,
-        )
+    model, config = prepare_model(folder, dtype)
+    if bits and config.get("quantization"):
+        raise VoxtralError(f"{folder}: is quantised already")
+    if bits:
+        # Each Linear, and the embedding, which is the output layer too: their bytes are the time of
+        # a step. Norms, biases and convolutions, under 0.2 % of the bytes, stay as they are. So could
+        # ada_norm, used once per stream; but voxmlx wants all that the group size divides quantised.
         config = {**config, "quantization": {"group_size": group_size, "bits": bits}}
-    weights = dict(tree_flatten(model.parameters()))
-    del model  # each tensor is read, written and forgotten
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, ignore_cleanup_errors=True) as scratch:
-            after = write_checkpoint(Path(scratch) / "model", weights, config, folder / "tekken.json")
-            os.replace(Path(scratch) / "model", out)
-    except OSError as error:
-        raise VoxtralError(f"{out}: cannot be written ({error.strerror})") from error
+        nn.quantize(
+            model, group_size, bits, class_predicate=lambda _, module:
+            hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0,
+        )
+    weights: Any = dict(tree_flatten(model.parameters()))
+    del model  # so that each tensor can be read, written and forgotten
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, ignore_cleanup_errors=True) as scratch:
+        new = Path(scratch, "model")
+        write_checkpoint(new, weights, config)
+        (new / "tekken.json").write_bytes((folder / "tekken.json").read_bytes())
+        os.replace(new, out)
+    files = weight_files(folder, read_config(folder)[0]), weight_files(out, "converted")
+    before, after = (sum(path.stat().st_size for path in paths) for paths in files)
     return before, after
 
-
-def write_checkpoint(out: Path, weights: dict[str, mx.array], config: dict, tekken: Path) -> int:
-    """Write shards of under 5 GB with their index, config.json and tekken.json; empties `weights`."""
-    out.mkdir()
-    shards: list[list[str]] = [[]]
-    sizes = {name: w.nbytes for name, w in weights.items()}
-    for name in sizes:
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > 4_900_000_000:
-            shards.append([])
-        shards[-1].append(name)
-    where = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: weights.pop(name) for name in names}
-        mx.save_safetensors(str(out / file), shard, metadata={"format": "mlx"})
-        where.update(dict.fromkeys(names, file))
-        note(f"wrote {file}: {sum(map(sizes.get, names)) / 1e9:.2f} GB")
-    total = sum(sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (out / "config.json").write_text(json.dumps(config, indent=1))
-    (out / "tekken.json").write_bytes(tekken.read_bytes())
-    return total
-
+def write_checkpoint(folder: Path, weights: dict[str, mx.array], config: dict) -> None:
+    """Write shards of under 5 GB, their index and config.json; `weights` is empty afterwards."""
+    folder.mkdir()
+    shards, index, total = defaultdict[int, dict](dict), {}, 0
+    for name in list(weights):
+        total += weights[name].nbytes
+        shards[total // 4_000_000_000][name] = weights.pop(name)  # no tensor has over 0.9 GB
+    for i, (key, shard) in enumerate(list(shards.items()), 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        index.update(dict.fromkeys(shard, file))
+        mx.save_safetensors(str(folder / file), shard, {"format": "mlx"})
+        shards[key] = shard = {}  # room for the next
+        note(f"{file}: {(folder / file).stat().st_size / 1e9:.2f} GB")
+    parts = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(parts, indent=1, sort_keys=True))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 # ------------------------------------------------------------------------------------------ stream
-# The schedule. For each 80 ms of sound one token is generated, from the sum of the last token's
-# embedding and the sound's; this goes on as long as there is sound, and nothing else ends it.
+# The schedule. Each 80 ms of sound make one token, from the sum of the sound's embedding and that of
+# the last token; this goes on as long as there is sound, and nothing else ends it. The prompt is BOS
+# and [STREAMING_PAD] for 32 frames of silence and the delay, so the first token has heard delay + 1
+# frames of the recording. "One two", at a delay of 160 ms or 2 frames:
 #
-# The prompt is BOS and then [STREAMING_PAD] for 32 frames of silence plus the delay, so the first
-# token that is generated has heard `delay` + 1 frames of the recording. A second of "one two" at a
-# delay of 160 ms (2 frames); token k is generated when the sound of frames 0 .. k + 2 is in:
+#     frame    0    1    2    3    4    5    6    7    8    9   10   11   12
+#     sound    .   wa  -n    .    .    t   -oo   .    .    .    .    .    .
+#     token              .    .   [W] " one" .    .   [W]  " t" "wo"  .    .
+#     k                  0    1    2    3    4    5    6    7    8    9   10
 #
-#       frame   0    1    2    3    4    5    6    7    8    9   10   11   12
-#       sound   .    o    n    e    .    .    t    w    o    .    .    .    .
-#       token             .    .    .   [W] " one"  .    .    .   [W]  " t" "wo"
-#                         k=0  1    2    3    4    5    6    7    8    9   10
-#
-# [STREAMING_WORD] comes when the word is over and the delay has passed: opened at token k = 3, the
-# word ended in frame 3, so at (k + 1) * 80 ms = 320 ms. Times of words come from this alone.
+# [W] is [STREAMING_WORD]: a word is over, and the delay has passed; its text follows, a token per
+# frame. Opened at k, the word ended after (k + 1) * 80 ms: " one" at 240 ms. A dot in the row of
+# tokens is [STREAMING_PAD]: nothing to say.
 
+LONGEST = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
 
 @dataclass(frozen=True)
 class Word:
-    """A group of text that [STREAMING_WORD] opened, with its place in the audio in seconds.
+    """A group of text that one [STREAMING_WORD] opened, and its place in the recording in seconds.
 
-    Mostly one word; the model may put several into a group, and in scripts without spaces a group
-    is what it heard as one. `text` has its leading space: the texts joined are the transcript.
-    `start` is an estimate: the end of the word before, but at most `LONGEST` before `end`.
+    Mostly one word, but the model may group several, and in scripts without spaces a group is what
+    it heard as one. Joined, the texts are the transcript: they have their leading spaces. `end` is
+    exact to a frame; `start` is the end of the word before, but at most LONGEST before `end`.
     """
 
     text: str
     start: float
     end: float
-
-
-LONGEST = 0.4  # seconds; what a spoken word takes on average
-
 
 @dataclass
 class Transcript:
@@ -1001,58 +761,56 @@ class Transcript:
     tokens: list[int]
     words: list[Word]
 
-
 def transcribe(
     model: Voxtral, tokenizer: Any, audio: np.ndarray, *,
     delay_ms: float | None = None, temperature: float = 0.0,
 ) -> Transcript:
-    """Transcribe 16 kHz mono samples [n], float, within -1..1; see Stream."""
+    """Transcribe a recording: 16 kHz mono float samples [n]. See Stream for the rest."""
     stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature)
     stream.feed(audio)
     stream.finish()
     return Transcript(stream.text, stream.tokens, stream.words)
 
-
 class Stream:
-    """Speech to text as the speech comes: `feed` sound of any length, at a pause `flush`, `finish`.
+    """Speech to text while the speech comes: `feed` any number of samples, in a pause `flush`, `finish`.
 
     `delay_ms`, a multiple of 80 from 80 to 2400, is how long the model listens on before it commits
-    to a word (default: tekken.json's, 480). `temperature` 0 takes the likeliest token.
-    `text`, `words` and `tokens` hold all that came so far; memory is otherwise constant.
-    Raises VoxtralError for an impossible delay and for samples that are not finite floats [n].
+    itself (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words`
+    and `tokens` hold all there is so far; besides them, memory does not grow. Raises VoxtralError for
+    an impossible delay, and for samples that are not finite floats in one dimension.
     """
 
-    def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None, temperature: float = 0.0):
-        audio = tokenizer.audio
-        frame = audio.frame_duration_ms
-        if delay_ms is not None and not (frame <= delay_ms <= 30 * frame and delay_ms % frame == 0):
-            raise VoxtralError(f"a delay of {delay_ms} ms: it must be a multiple of 80 from 80 to 2400")
-        self.text, self.words, self.tokens = "", [], []
+    def __init__(
+        self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None, temperature: float = 0.0
+    ):
+        audio, mel, decoder = tokenizer.audio, model.spectrogram, model.language_model
+        if delay_ms is not None and (delay_ms % 80 or not 80 <= delay_ms <= 2400):
+            raise VoxtralError(f"a delay of {delay_ms} ms is not a multiple of 80 from 80 to 2400")
+        self.text, self.tokens, self.words = "", list[int](), list[Word]()
         self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
         self._delay = audio.get_num_delay_tokens(delay_ms)
         self._right_pad = audio.n_right_pad_tokens(delay_ms)
-        self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
-        pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
-        prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
-        self._frame = audio.raw_audio_length_per_tok  # samples: 1280, 80 ms
-        # The windows of 8 mel frames, enough for one token, are windows themselves. In front of the
-        # signal: half a window, to centre the first frame on it, and the prompt's silence.
-        mel = model.spectrogram
+        self._frame = audio.raw_audio_length_per_tok  # in samples: 1280, 80 ms
+        # The eight spectrogram windows of one token, taken together, are a moving window again.
+        # Before the signal: half a window, to centre the first on it, and the prompt's silence.
         self._samples = Carry(
             kernel=self._frame - mel.hop_length + mel.window_size,
             stride=self._frame,
             zeros=mel.window_size // 2 + audio.n_left_pad_tokens * self._frame,
         )
         self._memory = AudioMemory(model)
-        self._ffn_weights = model.language_model.ffn_weights(self._delay)
-        self._caches = [KVCache(model.decoder_args) for _ in model.language_model.layers]
-        self._waiting: mx.array | None = None  # audio embeddings [1, n, D] not yet decoded
-        self._token = mx.array([prompt])  # [1, n]: what the next n of them are added to
+        self._ffn_weights = decoder.ffn_weights(self._delay)
+        self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]
+        self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
+        pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
+        prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
+        self._token = mx.array([prompt])  # [1, n]: what the next n embeddings of sound go with
+        self._sound = mx.zeros((1, 0, model.decoder_args.dim), decoder.norm.weight.dtype)  # those
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._group: int | None = None  # the token that opened a group which has no text yet
-        self._fed = 0  # samples so far, with the silence that flush put in
-        self._pause = (0, 0, 0)  # the last flush, in samples: its place, its silence, all before it
-        self._last_frame: float = math.inf  # where the recording ends, once finish knows
+        self._group: int | None = None  # the token that opened a group, until its text begins
+        self._fed = 0  # samples, with the silence of flushes
+        self._pause = (0, 0, 0)  # of the last flush, in samples: start, silence, all silence before
+        self._end = math.inf  # of the recording, in frames, once finish knows
         self._ended = False
 
     def feed(self, samples: np.ndarray) -> str:
@@ -1060,69 +818,62 @@ class Stream:
         samples = np.asarray(samples)
         if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all():
             raise VoxtralError("samples must be finite floats in one dimension, at 16 kHz")
-        if self._last_frame < math.inf:
-            raise VoxtralError("this stream is finished")
+        if self._end < math.inf:
+            raise VoxtralError("the stream is finished")
         return self._run(samples)
 
     def flush(self) -> str:
-        """At a pause: push the words still pending out with silence; the stream stays open.
-
-        The times of later words are those of the recording, without that silence.
-        """
+        """In a pause: push the pending words out with silence, which later times do not count."""
         start, silence, before = self._pause
         if self._fed == start + silence:
             return ""  # nothing was said since
-        frames = -(-self._fed // self._frame) + self._right_pad
-        self._pause = (self._fed, frames * self._frame - self._fed, before + silence)
-        return self._run(np.zeros(self._pause[1], np.float32))
+        silent = (-(-self._fed // self._frame) + self._right_pad) * self._frame - self._fed
+        self._pause = (self._fed, silent, before + silence)
+        return self._run(np.zeros(silent, np.float32))
 
     def finish(self) -> str:
         """End the recording and return the rest of its text."""
-        self._last_frame = min(self._last_frame, -(-self._fed // self._frame))
-        text = self.flush()
-        # What the last windows look ahead: the rest of the centring.
-        text += self._run(np.zeros(self._model.spectrogram.window_size // 2, np.float32))
+        self._end = min(self._end, -(-self._fed // self._frame))
+        centring = np.zeros(self._model.spectrogram.window_size // 2, np.float32)
+        text = self.flush() + self._run(centring)
         return text + self._write(self._utf8.decode(b"", final=True))
 
     @property
     def time(self) -> float:
-        """Up to which time of the recording, in seconds, every word has been written."""
+        """Up to which time in the recording, in seconds, all words are written."""
         return self._audio_time(len(self.tokens))
 
     def _run(self, samples: np.ndarray) -> str:
         """The one path: samples to spectrogram, embeddings, tokens, text."""
         before = len(self.text)
         self._fed += len(samples)
-        block = self._model.encoder_block * self._frame
-        for start in range(0, len(samples), block):
-            piece = np.asarray(samples[start : start + block], np.float32)
-            windows = self._samples(piece[:, None])[:, 0]
+        block = self._model.block * self._frame
+        for piece in (samples[i : i + block] for i in range(0, len(samples), block)):
+            windows = self._samples(piece.astype(np.float32)[:, None])[:, 0]
             if len(windows):
                 mel = self._model.spectrogram.frames(windows)
                 self._decode(self._model.embed_audio(mel[None], self._memory))
         return self.text[before:]
 
-    def _decode(self, audio: mx.array) -> None:
-        """Generate tokens from the next audio embeddings [1, n, D], the prompt's first."""
-        if self._waiting is not None:
-            audio = mx.concatenate([self._waiting, audio], axis=1)
+    def _decode(self, sound: mx.array) -> None:
+        """Take the next embeddings of sound [1, n, D] and generate the tokens that they allow."""
+        sound = mx.concatenate([self._sound, sound], axis=1)
         unread = None
-        while not self._ended and self._token.shape[1] <= audio.shape[1]:
-            n = self._token.shape[1]  # the whole prompt at first, then one token at a time
-            self._token = self._generate(self._token, audio[:, :n])
-            audio = audio[:, n:]
-            if unread is not None:  # reading waits for the step before, while this one runs
+        while not self._ended and self._token.shape[1] <= sound.shape[1]:
+            n = self._token.shape[1]  # all of the prompt at first, then one token
+            self._token, sound = self._generate(sound[:, :n]), sound[:, n:]
+            if unread is not None:  # reading waits for a step; meanwhile the next one runs
                 self._take(unread.item())
             unread = self._token
         if unread is not None:
             self._take(unread.item())
-        self._waiting = audio
+        self._sound = sound
 
-    def _generate(self, token: mx.array, audio: mx.array) -> mx.array:
-        """Submit one step: tokens [1, n] and audio embeddings [1, n, D] -> the next token [1, 1]."""
+    def _generate(self, sound: mx.array) -> mx.array:
+        """Submit a step with n embeddings of sound [1, n, D]; its token [1, 1] is yet to come."""
         decoder = self._model.language_model
-        x = decoder(decoder.embed_tokens(token) + audio, self._ffn_weights, self._caches)
-        logits = decoder.embed_tokens.as_linear(x[:, -1])  # [1, vocabulary]: only the last counts
+        x = decoder(decoder.embed_tokens(self._token) + sound, self._ffn_weights, self._caches)
+        logits = decoder.embed_tokens.as_linear(x[:, -1])  # [1, vocabulary]; only the last row counts
         if self._temperature > 0:
             token = mx.random.categorical(logits / self._temperature)[None]
         else:
@@ -1131,181 +882,232 @@ class Stream:
         return token
 
     def _take(self, token: int) -> None:
-        """Append a generated token and its text."""
+        """Append a token that was generated, and its text."""
         k = len(self.tokens)
         # The end of sequence is a token like any other until the recording is over.
-        if self._ended or (token == self._tokenizer.eos_id and k + self._delay >= self._last_frame):
-            self._ended = True
+        over = token == self._tokenizer.eos_id and k + self._delay >= self._end
+        self._ended = self._ended or over
+        if self._ended:
             return
         self.tokens.append(token)
         if token == self._word_id:
             self._group = k
-        else:  # special tokens have no bytes, and a character's bytes may come in several tokens
+        else:  # special tokens have no bytes; the bytes of a character may come in several tokens
             self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
         if k % 256 == 0:
             mx.clear_cache()  # freed buffers of sizes that do not come again
 
     def _write(self, text: str) -> str:
-        """Append text, to the open group's word or to the last one."""
+        """Append text to the group that is open, or to the last word."""
         text = text if self.text else text.lstrip()
         if text and (self._group is not None or not self.words):
-            end = self._audio_time((len(self.tokens) - 1 if self._group is None else self._group) + 1)
+            end = self._audio_time(len(self.tokens) if self._group is None else self._group + 1)
             start = max(self.words[-1].end if self.words else 0.0, end - LONGEST)
-            self.words.append(Word(text, round(start, 3), round(end, 3)))
+            self.words.append(Word("", round(start, 3), round(end, 3)))
             self._group = None
-        elif text:
+        if text:
             self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
-        self.text += text
+            self.text += text
         return text
 
     def _audio_time(self, frames: int) -> float:
-        """Seconds in the recording at the end of so many frames of the stream."""
-        start, silence, before = self._pause
-        end = frames * self._frame
+        """Seconds in the recording, without the silence of flushes, after so many frames."""
+        (start, silence, before), end = self._pause, frames * self._frame
         return (min(end, max(start, end - silence)) - before) / SAMPLE_RATE
 
-
-# ------------------------------------------------------------------------------------------ output
-
+# --------------------------------------------------------------------------------------- subtitles
 
 def columns(text: str) -> int:
-    """The width on a screen: East Asian wide characters take two columns."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
-
 def wrap(text: str, width: int = 42) -> list[str]:
-    """Break text into lines at spaces and around wide characters, not before closing punctuation."""
+    """Break text into lines of so many columns: at spaces, and around wide characters."""
     units = [""]
     for c in text:
-        wide = columns(units[-1][-1:] + c) > len(units[-1][-1:] + c)
+        wide = columns(c) > 1 or columns(units[-1][-1:]) > 1
         if c.isspace() or (wide and unicodedata.category(c) not in ("Po", "Pe", "Pf")):
-            units.append("")
+            units.append("")  # a line may break here: never before closing punctuation
         units[-1] += c
     lines = [""]
     for unit in units:
-        if columns((lines[-1] + unit).strip()) > width and lines[-1].strip():
+        if columns((lines[-1] + unit).strip()) > width:
             lines.append("")
-        for c in unit:  # one by one, for a unit longer than a line
-            if columns((lines[-1] + c).strip()) > width:
+        for c in unit:
+            if columns((lines[-1] + c).strip()) > width:  # one unit longer than a line
                 lines.append("")
             lines[-1] += c
     return [line.strip() for line in lines if line.strip()]
 
-
 class Subtitles:
-    """Cues of SubRip or WebVTT from words, each written as soon as it is complete.
+    """Words to cues of SubRip ("srt") or WebVTT ("vtt"), each as soon as it is complete.
 
-    A cue ends before a pause of over 0.8 s, after a sentence, and before it would last over 7 s or
-    need more than two lines of 42 columns.
+    A cue ends at a pause of over 0.8 s, after a sentence, and before it would take more than 7 s or
+    two lines of 42 columns.
     """
 
     def __init__(self, kind: str):
-        self.kind, self.written, self.used = kind, 0, 0
-        self.cue: list[Word] = []
+        self.srt, self.count, self.used, self.cue = kind == "srt", 0, 0, list[Word]()
+        self.header = "" if self.srt else "WEBVTT\n\n"
 
     def update(self, words: list[Word], time: float = math.inf) -> str:
-        """The cues that are complete now that all words up to `time` seconds are known."""
-        out = "WEBVTT\n\n" if self.kind == "vtt" and not self.written and not self.used else ""
-        # The last word may still grow, until no other can come within a pause of it.
+        """The cues that are complete, now that all words up to `time` seconds are known."""
+        out, self.header = self.header, ""
+        # The last word may still grow, until `time` leaves no room for another within a pause.
         settled = bool(words) and time > words[-1].end + 0.8 + LONGEST
-        for word in words[self.used : None if settled else -1]:
-            if self.cue and self.breaks_before(word):
-                out += self.take_cue()
+        for word in words[self.used : len(words) if settled else -1]:
+            text = "".join(other.text for other in self.cue)
+            if self.cue and (
+                word.start - self.cue[-1].end > 0.8
+                or word.end - self.cue[0].start > 7
+                or re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
+                or len(wrap(text + word.text)) > 2
+            ):
+                out += self.close()
             self.cue.append(word)
             self.used += 1
-        return out + self.take_cue() if settled and self.cue else out
+        return out + self.close() if settled and self.cue else out
 
-    def breaks_before(self, word: Word) -> bool:
-        text = "".join(other.text for other in self.cue)
-        return (
-            word.start - self.cue[-1].end > 0.8
-            or word.end - self.cue[0].start > 7
-            or re.search(r"[.!?…。！？][\"'”’»)\]」』]*\s*$", text) is not None
-            or len(wrap(text + word.text)) > 2
-        )
-
-    def take_cue(self) -> str:
+    def close(self) -> str:
         lines = wrap("".join(word.text for word in self.cue))
         start, end, out = self.cue[0].start, self.cue[-1].end, ""
-        step = (end - start) / max(1, -(-len(lines) // 2))  # a group alone may need several cues
+        step = (end - start) / -(-len(lines) // 2)  # a single group may be too long for one cue
         for i in range(0, len(lines), 2):
-            self.written += 1
-            out += f"{self.written}\n" if self.kind == "srt" else ""
-            out += f"{self.clock(start)} --> {self.clock(start + step)}\n"
-            out += "\n".join(lines[i : i + 2]) + "\n\n"
+            self.count += 1
+            times = f"{self.clock(start)} --> {self.clock(start + step)}\n"
+            out += (f"{self.count}\n" if self.srt else "") + times + "\n".join(lines[i : i + 2]) + "\n\n"
             start += step
         self.cue = []
         return out
 
     def clock(self, seconds: float) -> str:
         ms = round(seconds * 1000)
-        comma = "," if self.kind == "srt" else "."
-        return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{comma}{ms % 1000:03}"
-
+        clock = f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}.{ms % 1000:03}"
+        return clock.replace(".", ",") if self.srt else clock
 
 # ------------------------------------------------------------------------------------ command line
-
-
-def standard_input(blocks: queue.Queue) -> None:
-    """Read sound from standard input into a queue of blocks at 16 kHz, or the error; None ends it.
-
-    A WAV stream of any rate, or raw 16-bit little-endian mono 16 kHz samples. It runs in a thread,
-    so that a slow step of the model loses nothing.
-    """
-    import soundfile
-
-    try:
-        head = sys.stdin.buffer.read(4)  # libsndfile reads from pipes, but must be told what is raw
-        pipe, into = os.pipe()
-        threading.Thread(target=pump, args=(head, into), daemon=True).start()
-        raw = dict(format="RAW", subtype="PCM_16", endian="LITTLE", samplerate=SAMPLE_RATE, channels=1)
-        known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
-        with soundfile.SoundFile(pipe, **({} if known else raw)) as sound:
-            pieces = sound.blocks(sound.samplerate // 25, dtype="float32", always_2d=True)
-            for block in to_16k(pieces, sound.samplerate):
-                blocks.put(block)
-        blocks.put(None)
-    except soundfile.SoundFileError as error:
-        blocks.put(VoxtralError(f"not sound that can be read from a pipe, or cut short ({error})"))
-    except Exception as error:  # to be raised where it is waited for
-        blocks.put(error)
-
-
-def pump(head: bytes, into: int) -> None:
-    with open(into, "wb", buffering=0) as pipe:
-        pipe.write(head)
-        while data := sys.stdin.buffer.read1(1 << 16):
-            pipe.write(data)
-
-
-def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
-    """Standard input as it comes: whatever has arrived, up to 4 s at a time."""
-    if sys.stdin.isatty():
-        raise VoxtralError("is a terminal; pipe sound into it")
-    blocks: queue.Queue = queue.Queue(1 << 14)  # of 40 ms: a writer that is 10 minutes ahead waits
-    threading.Thread(target=standard_input, args=(blocks,), daemon=True).start()
-    started, done = time.monotonic(), 0.0
-    while True:
-        pieces = [blocks.get()]
-        while len(pieces) < 100 and not blocks.empty():
-            pieces.append(blocks.get())
-        if sound := [piece for piece in pieces if isinstance(piece, np.ndarray)]:
-            yield np.concatenate(sound)
-        if isinstance(pieces[-1], Exception):
-            raise pieces[-1]
-        if pieces[-1] is None:
-            return
-        done += len(sound) / 25
-        # A file in a pipe is there at once; a microphone's sound comes no faster than time.
-        behind = min(time.monotonic() - started, done + blocks.qsize() / 25) - done
-        if behind > 2 and not quiet:
-            quiet = True  # once is enough
-            note(f"standard input: decoding is {behind:.1f} s behind")
-
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
+def read_stdin(blocks: queue.Queue) -> None:
+    """In a thread: standard input to blocks [n] at 16 kHz; last comes None, or what went wrong.
+
+    A WAV stream of any rate, or raw 16-bit little-endian mono samples at 16 kHz.
+    """
+    import soundfile
+
+    head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()
+
+    def copy() -> None:  # libsndfile reads from pipes, but what was looked at must come again
+        with contextlib.suppress(OSError), open(sink, "wb", buffering=0) as file:
+            file.write(head)
+            while data := sys.stdin.buffer.read1():  # type: ignore[union-attr]
+                file.write(data)
+
+    threading.Thread(target=copy, daemon=True).start()
+    raw = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": SAMPLE_RATE, "channels": 1}
+    kind = {} if head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" else raw
+    try:
+        with soundfile.SoundFile(source, **kind) as sound:
+            read = partial(sound.read, sound.samplerate // 25, dtype="float32", always_2d=True)
+            for block in to_16k(itertools.takewhile(len, iter(read, None)), sound.samplerate):
+                blocks.put(block)
+        blocks.put(None)
+    except (soundfile.SoundFileError, VoxtralError) as error:
+        blocks.put(VoxtralError(f"standard input: not sound that a pipe can carry, or cut short ({error})"))
+
+def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
+    """Standard input while it comes, up to 4 s at once; it is read on while the model works."""
+    blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
+    threading.Thread(target=read_stdin, args=(blocks,), daemon=True).start()
+    began, done, ended = time.monotonic(), 0, False
+    while not ended:
+        pieces = [blocks.get()]
+        while len(pieces) < 100 and not blocks.empty():
+            pieces.append(blocks.get())
+        ended = not isinstance(pieces[-1], np.ndarray)
+        done += len(pieces) - ended
+        yield np.concatenate([*pieces[: len(pieces) - ended], np.zeros(0, np.float32)])
+        if isinstance(pieces[-1], Exception):
+            raise pieces[-1]
+        # A file in a pipe is there at once; a microphone's sound comes no faster than time.
+        behind = min(time.monotonic() - began, (done + blocks.qsize()) / 25) - done / 25
+        if behind > 2 and not quiet:
+            note(f"standard input: decoding is {behind:.1f} s behind")
+            quiet = True  # once is enough
+
+def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace, out: Any) -> None:
+    """Transcribe one file, or standard input, to `out`; progress goes to standard error."""
+    stream = Stream(model, tokenizer, delay_ms=args.delay, temperature=args.temperature)
+    subtitles, total, pieces = Subtitles(args.format), "", None
+    if name != "-":
+        samples, step = load_audio(name), 4 * SAMPLE_RATE  # text is to appear as it is decoded
+        total = f" of {len(samples) / SAMPLE_RATE:.1f}"
+        pieces = (samples[i : i + step] for i in range(0, len(samples), step))
+    # Where text and progress would share the line of a terminal, the text is the progress.
+    watched = sys.stderr.isatty() and not args.quiet and not (args.format == "text" and out.isatty())
+    began, seconds = time.perf_counter(), 0.0
+    try:
+        for piece in itertools.chain(pieces or arriving_samples(args.quiet), [None]):
+            text = stream.finish() if piece is None else stream.feed(piece)
+            seconds += 0 if piece is None else len(piece) / SAMPLE_RATE
+            speed = f"{seconds:.1f}{total} s, {seconds / (time.perf_counter() - began):.1f} x real time"
+            if args.format in ("srt", "vtt"):
+                text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
+            if watched:
+                print("\r\x1b[K" + speed * (piece is not None), end="", file=sys.stderr, flush=True)
+            if args.format != "json":
+                print(text, end="", file=out, flush=True)
+    finally:  # what was printed ends with its line, even after Ctrl-C
+        if args.format == "text" and seconds:
+            print(file=out, flush=True)
+    if not seconds:
+        raise VoxtralError("holds no samples")
+    if args.format == "json":
+        delay = args.delay or int(tokenizer.audio.transcription_delay_ms)
+        record = {"file": name, "model": args.model, "delay_ms": delay, "duration": round(seconds, 3)}
+        record |= {"text": stream.text, "words": [asdict(word) for word in stream.words]}
+        print(json.dumps({**record, "tokens": stream.tokens}, ensure_ascii=False), file=out, flush=True)
+    if not args.quiet:
+        note(f"{name}: {speed}")
+
+def run_files(args: argparse.Namespace) -> int:
+    files = [name for name in args.audio if name == "-" or Path(name).exists()]
+    for name in args.audio:
+        if name not in files:  # said before gigabytes are loaded
+            complain(f"{name}: no such file")
+    if not files:
+        return 1
+    began = time.perf_counter()
+    model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
+    leaves: Any = tree_flatten(model.parameters())
+    size, device = sum(w.nbytes for _, w in leaves) / 1e9, mx.default_device()
+    if not args.quiet:
+        note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}")
+        if device == mx.cpu and size > 1:
+            note("MLX has only the CPU here: expect this to be far slower than real time")
+    failed, world = len(files) < len(args.audio), None
+    if len(files) > 1:  # under mlx.launch, each process takes every n-th file
+        world = mx.distributed.init()
+        files = files[world.rank() :: world.size()]
+    for name in files:
+        out = io.StringIO() if world and world.size() > 1 else sys.stdout
+        try:
+            run_file(name, model, tokenizer, args, out)
+        except VoxtralError as error:
+            failed = complain(str(error) if name in str(error) else f"{name}: {error}")
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            failed = complain(f"{name}: {error.strerror}")
+        if isinstance(out, io.StringIO):  # in one piece, between those of other processes
+            print(out.getvalue(), end="", flush=True)
+    return int(failed)
+
+def complain(message: str) -> int:
+    """Say in one line what is wrong; returns the exit code for it."""
+    note("voxtral.py: " + " ".join(message.split()))
+    return 1
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -1313,122 +1115,44 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("audio", nargs="*", help="audio files (wav, flac, ogg, mp3, aiff), or - for standard input:"
-        " a WAV stream or raw 16-bit little-endian mono 16 kHz samples, transcribed as they arrive")
+        " a WAV stream, or raw 16-bit little-endian mono 16 kHz samples, transcribed as they arrive")
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
-    add("--delay", type=int, metavar="MS", help="how long to listen before a word is committed: a"
-        " multiple of 80 from 80 to 2400 (default: the model's, 480)")
-    add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
-    add("--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="type to compute in")
+    add("--delay", type=int, metavar="MS", help="how long to listen before committing to a word:"
+        " a multiple of 80 from 80 to 2400 (default: the model's, 480)")
+    add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="(default: text)")
+    add("--temperature", type=float, default=0.0, help="of sampling (default: 0, the likeliest token)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
     add("--quiet", action="store_true", help="no progress, no summary")
-    add("--convert", metavar="DIR", help="write a converted checkpoint to DIR instead")
+    add("--convert", metavar="DIR", help="write a converted checkpoint to DIR instead of transcribing")
     add("--bits", type=int, choices=(4, 6, 8), help="with --convert: quantise to so many bits")
-    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in groups of so many")
+    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in groups of (default: 64)")
     args = parser.parse_args(argv)
-    if bool(args.audio) == bool(args.convert):
-        parser.error("name audio to transcribe, or --convert DIR; not both")
-    if args.audio.count("-") > 1:
-        parser.error("standard input (-) can be read only once")
+    if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
+        parser.error("name audio files (- once at most), or --convert DIR without any")
     if not 0 <= args.temperature < math.inf:
-        parser.error("--temperature must be 0 or more")
+        parser.error("the temperature must be 0 or more")
     return args
-
-
-def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace, out: Any) -> None:
-    """Transcribe one file, or standard input, to `out`; progress goes to standard error."""
-    stream = Stream(model, tokenizer, delay_ms=args.delay, temperature=args.temperature)
-    if name == "-":
-        total, pieces = "", arriving_samples(args.quiet)
-    else:
-        samples, step = load_audio(name), 4 * SAMPLE_RATE
-        total = f" / {len(samples) / SAMPLE_RATE:.1f}"
-        pieces = (samples[i : i + step] for i in range(0, len(samples), step))
-    subtitles = Subtitles(args.format) if args.format in ("srt", "vtt") else None
-    # On a terminal the text itself shows the progress.
-    progress = sys.stderr.isatty() and not args.quiet and not (args.format == "text" and out.isatty())
-    began, seconds, erase = time.perf_counter(), 0.0, ""
-    try:
-        for piece in itertools.chain(pieces, [None]):
-            if piece is None and not seconds:
-                raise VoxtralError("holds no samples")
-            text = stream.finish() if piece is None else stream.feed(piece)
-            seconds += 0 if piece is None else len(piece) / SAMPLE_RATE
-            speed = f"{seconds / (time.perf_counter() - began):.1f} x real time"
-            if subtitles:
-                text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
-            if args.format != "json":
-                sys.stderr.write(erase)
-                print(text, end="", file=out, flush=True)
-            if progress:
-                erase = "\r\033[K"
-                print(f"{erase}{seconds:.1f}{total} s, {speed}", end="", file=sys.stderr, flush=True)
-    finally:
-        sys.stderr.write(erase)
-        if args.format == "text" and (stream.text or seconds):
-            print(file=out, flush=True)
-    if args.format == "json":
-        delay = args.delay or int(tokenizer.audio.transcription_delay_ms)
-        record = dict(file=name, model=args.model, delay_ms=delay, duration=round(seconds, 3), text=stream.text)
-        record |= dict(words=[asdict(word) for word in stream.words], tokens=stream.tokens)
-        print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
-    if not args.quiet:
-        note(f"{name}: {seconds:.1f} s of audio in {time.perf_counter() - began:.1f} s, {speed}")
-
-
-def transcribe_command(args: argparse.Namespace) -> int:
-    files = [name for name in args.audio if name == "-" or Path(name).exists()]
-    for name in args.audio:
-        if name not in files:  # better known before gigabytes are loaded
-            complain(f"{name}: no such file")
-    if not files:
-        return 1
-    began = time.perf_counter()
-    model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
-    size, device = sum(w.nbytes for _, w in tree_flatten(model.parameters())), mx.default_device()
-    if not args.quiet:
-        note(f"{args.model}: {size / 1e9:.2f} GB loaded in {time.perf_counter() - began:.1f} s, {device}")
-        if device == mx.cpu and size > 1e9:
-            note("MLX has only the CPU here: expect this to be far slower than real time")
-    world = mx.distributed.init() if len(files) > 1 else None  # under mlx.launch: one of several
-    failed = len(files) < len(args.audio)
-    for name in files[world.rank() :: world.size()] if world else files:
-        out = io.StringIO() if world and world.size() > 1 else sys.stdout
-        try:
-            run_file(name, model, tokenizer, args, out)
-        except VoxtralError as error:
-            failed = True
-            complain(str(error) if name in str(error) else f"{name}: {error}")
-        if out is not sys.stdout:  # in one piece, between those of the other processes
-            print(out.getvalue(), end="", flush=True)
-    return int(failed)
-
-
-def complain(message: str) -> int:
-    """Say on one line what is wrong; the exit code for it."""
-    note("voxtral.py: " + " ".join(message.split()))
-    return 1
-
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        if args.convert:
-            before, after = convert(
-                args.model, args.convert, bits=args.bits, group_size=args.group_size, dtype=args.dtype
-            )
-            note(f"{args.convert}: {before / 1e9:.2f} GB -> {after / 1e9:.2f} GB")
-            return 0
-        return transcribe_command(args)
+        if not args.convert:
+            return run_files(args)
+        settings = {"bits": args.bits, "group_size": args.group_size, "dtype": args.dtype}
+        before, after = convert(args.model, args.convert, **settings)
+        note(f"{args.convert}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB")
+        return 0
     except VoxtralError as error:
         return complain(str(error))
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return complain("standard output was closed")
-
+    except OSError as error:
+        return complain(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
 
 if __name__ == "__main__":
     sys.exit(main())
