@@ -2,11 +2,11 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "mlx>=0.31.0; sys_platform == 'darwin'",
-#   "mlx[cpu]>=0.31.0; sys_platform == 'linux'",
+#   "mlx>=0.32.0; sys_platform == 'darwin'",
+#   "mlx[cpu]>=0.32.0; sys_platform == 'linux'",
 #   "huggingface_hub>=1.0",
-#   "mistral-common[audio]>=1.9.1",
-#   "numpy>=1.26",
+#   "mistral-common[audio]>=1.10.0",
+#   "numpy>=2.0",
 # ]
 # ///
 """Voxtral Mini 4B Realtime, Mistral's streaming speech-to-text model, in one file of MLX.
@@ -113,7 +113,7 @@ def load_audio(path: str | Path) -> np.ndarray:
     # size near 2 or 4 GiB is no promise: it was written to a pipe, before the size was known.
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
     cut = any(int(real) < int(claimed) < 0x7FFF0000 for claimed, real in sizes)
-    if cut or missing > 0 or "without an End-Of-Stream" in log:
+    if cut or missing > 0 or re.search("(?i)(without an|lacks an) end-of-stream", log):
         raise VoxtralError(f"{path}: the file is cut short")
     if len(samples) == 0 or not np.isfinite(samples).all():
         raise VoxtralError(f"{path}: holds no samples, or some that are NaN or infinite")
@@ -501,30 +501,30 @@ def read_args(cls: Any, config: dict) -> Any:
 
 def read_config(folder: Path) -> tuple[str, dict]:
     """The layout of a folder, one of LAYOUTS, and its configuration in the form of params.json."""
-    path = folder / "config.json"
+    params, path = folder / "params.json", folder / "config.json"
     config = json.loads(path.read_bytes()) if path.is_file() else {}
     if "multimodal" in config:
         return "converted", config
-    if (folder / "params.json").is_file() and (folder / "consolidated.safetensors").is_file():
-        return "original", json.loads((folder / "params.json").read_bytes())
+    if params.is_file() and (folder / "consolidated.safetensors").is_file():
+        return "original", json.loads(params.read_bytes())
     if "encoder_args" in config and "decoder" in config:
+        layout, text, kept = "mlx-audio", config["decoder"], {"quantization": config.get("quantization")}
         audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
-        whisper = {"encoder_args": audio, "downsample_args": audio}
-        settings = {"quantization": config.get("quantization")}
-        return "mlx-audio", {**config["decoder"], **settings, "multimodal": {"whisper_model_args": whisper}}
-    if config.get("model_type") != "voxtral_realtime":
+        factor = audio["downsample_factor"]
+    elif config.get("model_type") == "voxtral_realtime":
+        layout, factor = "transformers", config["downsample_factor"]
+        audio, text = (
+            {ours: config[part][theirs] for ours, theirs in TRANSFORMERS_FIELDS if theirs in config[part]}
+            | {"rope_theta": config[part]["rope_parameters"]["rope_theta"]}
+            for part in ("audio_config", "text_config")
+        )
+        audio["audio_encoding_args"] = asdict(Spectrogram())
+        kept = {"ada_rms_norm_t_cond_dim": 32}  # a constant of that code
+    else:
         what = f"a checkpoint of type {config.get('model_type')}" if config else "not a model folder"
         raise VoxtralError(f"{folder}: {what}; needed: Voxtral Mini 4B Realtime and its weights")
-    audio, text = (
-        {ours: config[part][theirs] for ours, theirs in TRANSFORMERS_FIELDS if theirs in config[part]}
-        | {"rope_theta": config[part]["rope_parameters"]["rope_theta"]}
-        for part in ("audio_config", "text_config")
-    )
-    audio["audio_encoding_args"] = asdict(Spectrogram())
-    downsample = {"downsample_factor": config["downsample_factor"]}
-    whisper = {"encoder_args": audio, "downsample_args": downsample}
-    ada = {"ada_rms_norm_t_cond_dim": 32}  # a constant of that code
-    return "transformers", {**text, **ada, "multimodal": {"whisper_model_args": whisper}}
+    whisper = {"encoder_args": audio, "downsample_args": {"downsample_factor": factor}}
+    return layout, {**text, **kept, "multimodal": {"whisper_model_args": whisper}}
 
 def weight_files(folder: Path, layout: str) -> list[Path]:
     """The safetensors files of a checkpoint; all of them are there."""
@@ -543,7 +543,8 @@ def converted_name(name: str, table: dict[str, str]) -> str:
     """A tensor's name in the converted layout; what the table does not know stays as it is."""
     name = re.sub(r"^(mm_streams_embeddings\.embedding_module|mm_whisper_embeddings)\.", "", name)
     module, _, kind = name.rpartition(".")
-    if match := re.fullmatch(r"(.*\blayers|.*_layers)\.(\d+)(\..+)", module):
+    match = re.fullmatch(r"(.*layers)\.(\d+)(\..+)", module)
+    if match and module not in table:
         layer, index, inside = match.groups()
         layer = table.get(f"{layer}.N", f"{layer}.N").replace("N", index)
         return f"{layer}{table.get(inside, inside)}.{kind}"
@@ -609,7 +610,8 @@ def load_voxtral_model(
     """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    folder = find_folder(path_or_id)
+    folder = Path(path_or_id).expanduser()
+    folder = folder if folder.exists() else download_weights(str(path_or_id))
     model, config = prepare_model(folder, dtype)
     samples = model.spectrogram.hop_length * 2 * model.downsample_factor
     try:
@@ -631,14 +633,6 @@ def load_voxtral_model(
     mx.eval(model.parameters())
     return model, tokenizer, config
 
-def find_folder(path_or_id: str | Path) -> Path:
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_id)):
-        raise VoxtralError(f"{path_or_id}: no such folder, and not a hub id (owner/name)")
-    return download_weights(str(path_or_id))
-
 def choose_files(names: Iterable[str], config: dict) -> list[str]:
     """Of a repository's files those to download: one set of weights and what describes it.
 
@@ -652,23 +646,23 @@ def choose_files(names: Iterable[str], config: dict) -> list[str]:
     return sorted(weights | {"config.json", "model.safetensors.index.json", "tekken.json"} & files)
 
 def download_weights(model_id: str) -> Path:
-    """Download what is needed of a hub repository, or find it in the cache; return its folder."""
+    """The folder of a hub repository in the cache, after downloading what is needed of it."""
     from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
     try:
         names = [file.rfilename for file in HfApi().model_info(model_id).siblings or []]
-        path = hf_hub_download(model_id, "config.json") if "config.json" in names else None
-        config = json.loads(Path(path).read_bytes()) if path else {}
+        path = hf_hub_download(model_id, "config.json") if "config.json" in names else os.devnull
+        config = json.loads(Path(path).read_bytes() or "{}")
         return Path(snapshot_download(model_id, allow_patterns=choose_files(names, config)))
-    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
-        why = "no such repository on the hub, or a private one (then: hf auth login)"
-        raise VoxtralError(f"{model_id}: {why}") from error
-    except Exception as error:  # no network, no space, ...: each version has other classes for it
+    except Exception as error:  # no such repository, no network, no space: dozens of classes
         try:
             return Path(snapshot_download(model_id, local_files_only=True))
-        except errors.LocalEntryNotFoundError:
-            why = f"cannot be downloaded ({error}); with the files on disk: --model FOLDER"
-            raise VoxtralError(f"{model_id}: {why}") from error
+        except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+            hint = "a folder works too: --model FOLDER"
+            if isinstance(error, errors.RepositoryNotFoundError):  # the hub tells nobody which
+                hint = "misspelt, or private: hf auth login"
+            why = f"{str(error).strip().splitlines()[-1]}; {hint}"
+            raise VoxtralError(f"{model_id}: no folder, and not to be had from the hub ({why})") from error
 
 def convert(
     path_or_id: str | Path, out_dir: str | Path, *,
@@ -679,7 +673,8 @@ def convert(
     Returns the size of its files before and after, in bytes. Raises VoxtralError unless `out_dir` is
     new or empty. Whatever happens, nothing appears there before all of it is written.
     """
-    folder, out = find_folder(path_or_id), Path(out_dir).expanduser()
+    folder, out = Path(path_or_id).expanduser(), Path(out_dir).expanduser()
+    folder = folder if folder.exists() else download_weights(str(path_or_id))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
     model, config = prepare_model(folder, dtype)
@@ -922,21 +917,16 @@ def columns(text: str) -> int:
 
 def wrap(text: str, width: int = 42) -> list[str]:
     """Break text into lines of so many columns: at spaces, and around wide characters."""
-    units = [""]
-    for c in text:
-        wide = columns(c) > 1 or columns(units[-1][-1:]) > 1
-        if c.isspace() or (wide and unicodedata.category(c) not in ("Po", "Pe", "Pf")):
-            units.append("")  # a line may break here: never before closing punctuation
-        units[-1] += c
-    lines = [""]
-    for unit in units:
-        if columns((lines[-1] + unit).strip()) > width:
-            lines.append("")
-        for c in unit:
-            if columns((lines[-1] + c).strip()) > width:  # one unit longer than a line
-                lines.append("")
-            lines[-1] += c
-    return [line.strip() for line in lines if line.strip()]
+    lines, rest = [], text.strip()
+    while columns(rest) > width:
+        fits = max(n for n in range(1, width + 1) if columns(rest[:n]) <= width)
+        breaks = [
+            n for n in range(1, fits + 1)
+            if rest[n].isspace() or (columns(rest[n - 1 : n + 1]) > 2 and unicodedata.category(rest[n])[0] != "P")
+        ]
+        n = breaks[-1] if breaks else fits  # a word longer than a line is cut
+        lines, rest = [*lines, rest[:n].strip()], rest[n:].strip()
+    return [*lines, rest]
 
 class Subtitles:
     """Words to cues of SubRip ("srt") or WebVTT ("vtt"), each as soon as it is complete.
@@ -946,12 +936,12 @@ class Subtitles:
     """
 
     def __init__(self, kind: str):
-        self.srt, self.count, self.used, self.cue = kind == "srt", 0, 0, list[Word]()
-        self.header = "" if self.srt else "WEBVTT\n\n"
+        self.srt, self.count, self.used = kind == "srt", 0, 0
+        self.cue: list[Word] = []
 
     def update(self, words: list[Word], time: float = math.inf) -> str:
         """The cues that are complete, now that all words up to `time` seconds are known."""
-        out, self.header = self.header, ""
+        out = ""
         # The last word may still grow, until `time` leaves no room for another within a pause.
         settled = bool(words) and time > words[-1].end + 0.8 + LONGEST
         for word in words[self.used : len(words) if settled else -1]:
@@ -970,19 +960,20 @@ class Subtitles:
     def close(self) -> str:
         lines = wrap("".join(word.text for word in self.cue))
         start, end, out = self.cue[0].start, self.cue[-1].end, ""
-        step = (end - start) / -(-len(lines) // 2)  # a single group may be too long for one cue
+        step = (end - start) / -(-len(lines) // 2)  # one group alone may be too long for a cue
         for i in range(0, len(lines), 2):
             self.count += 1
-            times = f"{self.clock(start)} --> {self.clock(start + step)}\n"
-            out += (f"{self.count}\n" if self.srt else "") + times + "\n".join(lines[i : i + 2]) + "\n\n"
+            head = f"{self.count}\n" if self.srt else "WEBVTT\n\n" if self.count == 1 else ""
+            times = f"{self.clock(start)} --> {self.clock(start + step)}"
+            out += f"{head}{times}\n" + "\n".join(lines[i : i + 2]) + "\n\n"
             start += step
         self.cue = []
         return out
 
     def clock(self, seconds: float) -> str:
-        ms = round(seconds * 1000)
-        clock = f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}.{ms % 1000:03}"
-        return clock.replace(".", ",") if self.srt else clock
+        minutes, ms = divmod(round(seconds * 1000), 60_000)
+        dot = "," if self.srt else "."
+        return f"{minutes // 60:02}:{minutes % 60:02}:{ms // 1000:02}{dot}{ms % 1000:03}"
 
 # ------------------------------------------------------------------------------------ command line
 
@@ -990,46 +981,45 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 def read_stdin(blocks: queue.Queue) -> None:
-    """In a thread: standard input to blocks [n] at 16 kHz; last comes None, or what went wrong.
-
-    A WAV stream of any rate, or raw 16-bit little-endian mono samples at 16 kHz.
-    """
+    """Standard input to blocks [n] of 16 kHz sound; the last is None, or what went wrong."""
     import soundfile
 
     head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()
 
-    def copy() -> None:  # libsndfile reads from pipes, but what was looked at must come again
+    def copy() -> None:  # libsndfile reads pipes, but must find there what was looked at already
         with contextlib.suppress(OSError), open(sink, "wb", buffering=0) as file:
             file.write(head)
             while data := sys.stdin.buffer.read1():  # type: ignore[union-attr]
                 file.write(data)
 
     threading.Thread(target=copy, daemon=True).start()
-    raw = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": SAMPLE_RATE, "channels": 1}
-    kind = {} if head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3" else raw
+    raw = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": 16000, "channels": 1}
+    known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
     try:
-        with soundfile.SoundFile(source, **kind) as sound:
+        with soundfile.SoundFile(source, **({} if known else raw)) as sound:
             read = partial(sound.read, sound.samplerate // 25, dtype="float32", always_2d=True)
-            for block in to_16k(itertools.takewhile(len, iter(read, None)), sound.samplerate):
+            pieces = itertools.takewhile(len, (read() for _ in itertools.count()))
+            for block in to_16k(pieces, sound.samplerate):
                 blocks.put(block)
         blocks.put(None)
-    except (soundfile.SoundFileError, VoxtralError) as error:
-        blocks.put(VoxtralError(f"standard input: not sound that a pipe can carry, or cut short ({error})"))
+    except Exception as error:  # whatever it is, the one who waits must learn it
+        blocks.put(VoxtralError(f"standard input: cut short, or not sound for a pipe ({error})"))
 
 def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
-    """Standard input while it comes, up to 4 s at once; it is read on while the model works."""
+    """Standard input as it comes, up to 4 s at once; a thread reads on while the model works."""
     blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
     threading.Thread(target=read_stdin, args=(blocks,), daemon=True).start()
-    began, done, ended = time.monotonic(), 0, False
-    while not ended:
+    began, done, last = time.monotonic(), 0, False
+    while not last:
         pieces = [blocks.get()]
         while len(pieces) < 100 and not blocks.empty():
             pieces.append(blocks.get())
-        ended = not isinstance(pieces[-1], np.ndarray)
-        done += len(pieces) - ended
-        yield np.concatenate([*pieces[: len(pieces) - ended], np.zeros(0, np.float32)])
-        if isinstance(pieces[-1], Exception):
-            raise pieces[-1]
+        last = not isinstance(pieces[-1], np.ndarray)
+        error = pieces.pop() if last else None
+        done += len(pieces)
+        yield np.concatenate([np.zeros(0, np.float32), *pieces])
+        if error:
+            raise error
         # A file in a pipe is there at once; a microphone's sound comes no faster than time.
         behind = min(time.monotonic() - began, (done + blocks.qsize()) / 25) - done / 25
         if behind > 2 and not quiet:
@@ -1072,44 +1062,39 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
         note(f"{name}: {speed}")
 
 def run_files(args: argparse.Namespace) -> int:
-    files = [name for name in args.audio if name == "-" or Path(name).exists()]
-    for name in args.audio:
-        if name not in files:  # said before gigabytes are loaded
-            complain(f"{name}: no such file")
+    """Transcribe all files; a bad one does not stop the others, but the exit code tells."""
+    absent = [name for name in args.audio if name != "-" and not Path(name).exists()]
+    failed = [complain(f"{name}: no such file") for name in absent]  # before gigabytes are loaded
+    files = [name for name in args.audio if name not in absent]
     if not files:
         return 1
-    began = time.perf_counter()
+    began, device = time.perf_counter(), mx.default_device()
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
     leaves: Any = tree_flatten(model.parameters())
-    size, device = sum(w.nbytes for _, w in leaves) / 1e9, mx.default_device()
+    size = sum(w.nbytes for _, w in leaves) / 1e9
     if not args.quiet:
         note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}")
         if device == mx.cpu and size > 1:
             note("MLX has only the CPU here: expect this to be far slower than real time")
-    failed, world = len(files) < len(args.audio), None
-    if len(files) > 1:  # under mlx.launch, each process takes every n-th file
-        world = mx.distributed.init()
-        files = files[world.rank() :: world.size()]
-    for name in files:
-        out = io.StringIO() if world and world.size() > 1 else sys.stdout
+    world = mx.distributed.init()  # under mlx.launch: each process takes every n-th file
+    for name in files[world.rank() :: world.size()]:
+        out = io.StringIO() if world.size() > 1 else sys.stdout
         try:
             run_file(name, model, tokenizer, args, out)
         except VoxtralError as error:
-            failed = complain(str(error) if name in str(error) else f"{name}: {error}")
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            failed = complain(f"{name}: {error.strerror}")
-        if isinstance(out, io.StringIO):  # in one piece, between those of other processes
+            failed.append(complain(str(error) if name in str(error) else f"{name}: {error}"))
+        except (PermissionError, IsADirectoryError) as error:
+            failed.append(complain(f"{name}: {error.strerror}"))
+        if isinstance(out, io.StringIO):  # in one piece, between those of the others
             print(out.getvalue(), end="", flush=True)
-    return int(failed)
+    return int(bool(failed))
 
 def complain(message: str) -> int:
-    """Say in one line what is wrong; returns the exit code for it."""
+    """Say in one line what is wrong, and return the exit code for it."""
     note("voxtral.py: " + " ".join(message.split()))
     return 1
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="voxtral.py", description="Speech to text with Voxtral Mini 4B Realtime, in MLX."
     )
@@ -1119,22 +1104,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
     add("--delay", type=int, metavar="MS", help="how long to listen before committing to a word:"
         " a multiple of 80 from 80 to 2400 (default: the model's, 480)")
-    add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="(default: text)")
-    add("--temperature", type=float, default=0.0, help="of sampling (default: 0, the likeliest token)")
+    add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
     add("--quiet", action="store_true", help="no progress, no summary")
-    add("--convert", metavar="DIR", help="write a converted checkpoint to DIR instead of transcribing")
+    add("--convert", metavar="DIR", help="write a converted checkpoint to DIR, do not transcribe")
     add("--bits", type=int, choices=(4, 6, 8), help="with --convert: quantise to so many bits")
-    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in groups of (default: 64)")
+    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in groups of so many")
     args = parser.parse_args(argv)
     if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
         parser.error("name audio files (- once at most), or --convert DIR without any")
-    if not 0 <= args.temperature < math.inf:
-        parser.error("the temperature must be 0 or more")
-    return args
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -1142,7 +1121,7 @@ def main(argv: list[str] | None = None) -> int:
             return run_files(args)
         settings = {"bits": args.bits, "group_size": args.group_size, "dtype": args.dtype}
         before, after = convert(args.model, args.convert, **settings)
-        note(f"{args.convert}: {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB")
+        note(f"{args.convert}: {before:,} bytes -> {after:,} bytes")
         return 0
     except VoxtralError as error:
         return complain(str(error))
