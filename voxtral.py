@@ -41,8 +41,8 @@ Voxtral Realtime differs in three ways, and each makes it a stream:
             works at: a small network turns the delay into a scale on every layer's norm.
 
 So here a file is a stream that arrives at once, and there is one path through the code:
-`Stream.feed` any number of samples, then `Stream.finish`; `transcribe` is just these two. Leaf first:
-audio, attention and its memory, encoder, decoder, checkpoints, the stream, subtitles, command line.
+`Stream.feed` any number of samples, then `Stream.finish`; `transcribe` is just these two. Leaf
+first: audio, attention, encoder and decoder, checkpoints, stream, subtitles, command line.
 
 Letters in shape comments: B batch (1 in a stream), F mel frames, T positions, D dim, H heads,
 C channels. Sources: the Voxtral Realtime report (arXiv 2602.11298), the params.json of
@@ -171,9 +171,9 @@ def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrog
 class Carry:
     """What windows that move along a signal still need of its past.
 
-    They have `kernel` inputs and move by `stride` <= `kernel`; `zeros` stand before the signal. After
-    n windows the next one begins at input n * stride: from there on everything is kept. (To keep the
-    last kernel - stride inputs looks the same, and drops some whenever a chunk ends between windows.)
+    They have `kernel` inputs and move by `stride` <= `kernel`; `zeros` stand before the signal.
+    After n windows the next begins at input n * stride: from there on everything is kept. (The last
+    kernel - stride inputs look like the same, and lack some when a chunk ends between windows.)
     """
 
     def __init__(self, kernel: int, stride: int, zeros: int):
@@ -221,8 +221,9 @@ class KVCache:
 
     def __init__(self, args: TransformerArgs):
         self.window, self.length = args.sliding_window, 0
-        turn = {"dims": args.head_dim, "traditional": True, "base": args.rope_theta, "scale": 1.0}
-        self.rope = partial(mx.fast.rope, **turn)  # traditional: neighbours 2i and 2i + 1 turn
+        sizes: Any = {"dims": args.head_dim, "base": args.rope_theta, "scale": 1.0}
+        # traditional: neighbours, 2i and 2i + 1, turn together
+        self.rope: Any = partial(mx.fast.rope, traditional=True, **sizes)
         self.keys = self.values = mx.zeros((0, 0, 0))  # append makes the buffers
 
     def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, int]:
@@ -347,7 +348,7 @@ class Encoder(nn.Module):
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def __call__(self, mel: mx.array, memory: AudioMemory) -> mx.array:
-        """The next log-mel frames [B, F, C] -> the encoder frames [B, T, D] they complete, T ~ F/2."""
+        """The next log-mel frames [B, F, C] -> the frames [B, about F / 2, D] they complete."""
         x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
         for conv, carry in ((self.conv1, memory.conv1), (self.conv2, memory.conv2)):
             x = carry(x)
@@ -359,7 +360,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 class Adapter(nn.Module):
-    """From sound to the decoder's space: `factor` encoder frames, side by side, to one embedding."""
+    """From sound to the decoder's space: some encoder frames side by side to one embedding."""
 
     def __init__(self, frames_dim: int, dim: int):
         super().__init__()
@@ -394,8 +395,8 @@ class Decoder(nn.Module):
     def ffn_weights(self, delay: int) -> list[mx.array]:
         """Each layer's ffn_norm weight [D] times 1 + ada(t), for a delay of so many tokens.
 
-        t embeds the delay as the first transformers did positions: cosines and sines of geometrically
-        spaced frequencies. As nothing else enters, this is done once per stream and a step pays nothing.
+        t embeds the delay as the first transformer did positions: cosines and sines of
+        geometrically spaced frequencies. Nothing else enters, so a stream does this once and a step pays nothing.
         """
         weight = self.norm.weight
         half = weight.shape[0] // 2
@@ -404,41 +405,42 @@ class Decoder(nn.Module):
         return [layer.ffn_norm.weight * (1 + layer.ada_norm(t)[0]) for layer in self.layers]
 
     def __call__(self, x: mx.array, ffn_weights: list[mx.array], caches: list[KVCache]) -> mx.array:
-        """Inputs [B, T, D] -> the last layer's normed output [B, T, D]; its logits are as_linear's."""
+        """Inputs [B, T, D] -> outputs [B, T, D]; embed_tokens.as_linear makes logits of them."""
         for layer, weight, cache in zip(self.layers, ffn_weights, caches):
             x = layer(x, cache, weight)
         return self.norm(x)
 
 class Voxtral(nn.Module):
-    """The whole model. `config` is the content of params.json; KeyError or ValueError if it is not."""
+    """The whole model; `config` is the content of params.json, else KeyError or ValueError."""
 
     def __init__(self, config: dict):
         super().__init__()
         whisper = config["multimodal"]["whisper_model_args"]
         audio = whisper["encoder_args"]
         self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
-        self.encoder_args = read_args(TransformerArgs, {"n_kv_heads": audio.get("n_heads"), **audio})
-        self.decoder_args = read_args(TransformerArgs, config)
-        self.downsample_factor = number(whisper["downsample_args"], "downsample_factor")
-        self.vocab_size = number(config, "vocab_size")
-        self.encoder = Encoder(self.encoder_args, self.spectrogram.num_mel_bins)
-        self.adapter = Adapter(self.encoder_args.dim * self.downsample_factor, self.decoder_args.dim)
-        ada_dim = number(config, "ada_rms_norm_t_cond_dim")
-        self.language_model = Decoder(self.decoder_args, self.vocab_size, ada_dim)
+        encoder = read_args(TransformerArgs, {"n_kv_heads": audio.get("n_heads"), **audio})
+        decoder = read_args(TransformerArgs, config)
+        factor = number(whisper["downsample_args"], "downsample_factor")
+        vocab_size, ada_dim = (number(config, f) for f in ("vocab_size", "ada_rms_norm_t_cond_dim"))
+        self.encoder_args, self.decoder_args = encoder, decoder
+        self.downsample_factor, self.vocab_size = factor, vocab_size
+        self.encoder = Encoder(encoder, self.spectrogram.num_mel_bins)
+        self.adapter = Adapter(encoder.dim * factor, decoder.dim)
+        self.language_model = Decoder(decoder, vocab_size, ada_dim)
         # A long signal is encoded in blocks of four windows: rows enough to keep a GPU busy, while
         # what they need stays small beside the weights. In audio embeddings:
-        self.block = max(1, 4 * self.encoder_args.sliding_window // self.downsample_factor)
+        self.block = max(1, 4 * encoder.sliding_window // factor)
 
     def embed_audio(self, mel: mx.array, memory: AudioMemory) -> mx.array:
-        """The next log-mel frames [B, F, C] -> the audio embeddings [B, T, D] they complete, T ~ F/8."""
+        """The next log-mel frames [B, F, C] -> the embeddings [B, about F / 8, D] they complete."""
         x = memory.group(self.encoder(mel, memory))  # [B, T * factor, D of the encoder]
         return self.adapter(x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2]))
 
     def encode(self, mel: mx.array) -> mx.array:
         """Log-mel of a whole signal [F, C] -> its audio embeddings [F // 8, D], one per 80 ms."""
         memory, step = AudioMemory(self), self.block * 2 * self.downsample_factor
-        parts = [self.embed_audio(mel[None, i : i + step], memory) for i in range(0, len(mel), step)]
-        return mx.concatenate(parts, axis=1)[0]
+        pieces = (mel[None, i : i + step] for i in range(0, len(mel), step))
+        return mx.concatenate([self.embed_audio(piece, memory) for piece in pieces], axis=1)[0]
 
 # ------------------------------------------------------------------------------------- checkpoints
 # The weights are published in four layouts: "converted" (by voxmlx), whose names the modules above
@@ -508,20 +510,21 @@ def read_config(folder: Path) -> tuple[str, dict]:
     if params.is_file() and (folder / "consolidated.safetensors").is_file():
         return "original", json.loads(params.read_bytes())
     if "encoder_args" in config and "decoder" in config:
-        layout, text, kept = "mlx-audio", config["decoder"], {"quantization": config.get("quantization")}
+        kept = {"quantization": config.get("quantization")}
+        layout, text = "mlx-audio", config["decoder"]
         audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
         factor = audio["downsample_factor"]
     elif config.get("model_type") == "voxtral_realtime":
         layout, factor = "transformers", config["downsample_factor"]
         audio, text = (
-            {ours: config[part][theirs] for ours, theirs in TRANSFORMERS_FIELDS if theirs in config[part]}
-            | {"rope_theta": config[part]["rope_parameters"]["rope_theta"]}
-            for part in ("audio_config", "text_config")
+            {ours: part[theirs] for ours, theirs in TRANSFORMERS_FIELDS if theirs in part}
+            | {"rope_theta": part["rope_parameters"]["rope_theta"]}
+            for part in (config["audio_config"], config["text_config"])
         )
         audio["audio_encoding_args"] = asdict(Spectrogram())
         kept = {"ada_rms_norm_t_cond_dim": 32}  # a constant of that code
     else:
-        what = f"a checkpoint of type {config.get('model_type')}" if config else "not a model folder"
+        what = f"a {config.get('model_type')} checkpoint" if config else "not a model folder"
         raise VoxtralError(f"{folder}: {what}; needed: Voxtral Mini 4B Realtime and its weights")
     whisper = {"encoder_args": audio, "downsample_args": {"downsample_factor": factor}}
     return layout, {**text, **kept, "multimodal": {"whisper_model_args": whisper}}
@@ -589,8 +592,8 @@ def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, 
         # One type throughout: one float32 norm would turn all activations behind it to float32.
         dtype = dtype or weights["encoder.conv1.weight"].dtype
         dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
-        weights = {name: w if w.dtype == mx.uint32 else w.astype(dtype) for name, w in weights.items()}
-        model.load_weights(list(weights.items()))  # strict: what is missing, in excess, misshapen
+        typed = [(n, w if w.dtype == mx.uint32 else w.astype(dtype)) for n, w in weights.items()]
+        model.load_weights(typed)  # strict: nothing may be missing, in excess or misshapen
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = ", ".join(str(error).split(",\n")[:5])  # names five tensors of possibly hundreds
         raise VoxtralError(
@@ -618,12 +621,10 @@ def load_voxtral_model(
         tokenizer = Tekkenizer.from_file(folder / "tekken.json")
         audio: Any = tokenizer.audio
         theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
-        assert theirs == (model.vocab_size, SAMPLE_RATE, samples) and audio.n_left_pad_tokens, theirs
+        assert audio.is_streaming and theirs == (model.vocab_size, SAMPLE_RATE, samples), theirs
     except Exception as error:  # whatever mistral-common trips over, it is the file that is wrong
-        why = f"{type(error).__name__}: {error}"[:200]
-        raise VoxtralError(
-            f"{folder / 'tekken.json'}: missing, not this model's, or not for this mistral-common ({why})"
-        ) from error
+        why = f"missing, not this model's, or not for this mistral-common ({error!r})"[:300]
+        raise VoxtralError(f"{folder / 'tekken.json'}: {why}") from error
     if mx.default_device() == mx.cpu:
         # The same matrices with inputs outermost in memory: reference BLAS takes half the time. Not
         # the embedding, whose rows are looked up.
@@ -661,8 +662,8 @@ def download_weights(model_id: str) -> Path:
             hint = "a folder works too: --model FOLDER"
             if isinstance(error, errors.RepositoryNotFoundError):  # the hub tells nobody which
                 hint = "misspelt, or private: hf auth login"
-            why = f"{str(error).strip().splitlines()[-1]}; {hint}"
-            raise VoxtralError(f"{model_id}: no folder, and not to be had from the hub ({why})") from error
+            why = f"no folder, and not to be had from the hub ({hint}): {error}"
+            raise VoxtralError(f"{model_id}: {why}") from error
 
 def convert(
     path_or_id: str | Path, out_dir: str | Path, *,
@@ -670,8 +671,8 @@ def convert(
 ) -> tuple[int, int]:
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
-    Returns the size of its files before and after, in bytes. Raises VoxtralError unless `out_dir` is
-    new or empty. Whatever happens, nothing appears there before all of it is written.
+    Returns the size of the weights before and after, in bytes. Raises VoxtralError unless `out_dir`
+    is new or empty. Whatever happens, nothing appears there before all of it is written.
     """
     folder, out = Path(path_or_id).expanduser(), Path(out_dir).expanduser()
     folder = folder if folder.exists() else download_weights(str(path_or_id))
@@ -681,9 +682,9 @@ def convert(
     if bits and config.get("quantization"):
         raise VoxtralError(f"{folder}: is quantised already")
     if bits:
-        # Each Linear, and the embedding, which is the output layer too: their bytes are the time of
-        # a step. Norms, biases and convolutions, under 0.2 % of the bytes, stay as they are. So could
-        # ada_norm, used once per stream; but voxmlx wants all that the group size divides quantised.
+        # Each Linear, and the embedding, which is the output layer too: their bytes are a step's
+        # time. Norms, biases and convolutions, under 0.2 % of the bytes, stay. ada_norm, used once
+        # per stream, could stay too, but voxmlx wants what the group size divides quantised.
         config = {**config, "quantization": {"group_size": group_size, "bits": bits}}
         nn.quantize(
             model, group_size, bits, class_predicate=lambda _, module:
@@ -714,15 +715,16 @@ def write_checkpoint(folder: Path, weights: dict[str, mx.array], config: dict) -
         mx.save_safetensors(str(folder / file), shard, {"format": "mlx"})
         shards[key] = shard = {}  # room for the next
         note(f"{file}: {(folder / file).stat().st_size / 1e9:.2f} GB")
-    parts = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(parts, indent=1, sort_keys=True))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    files = {"config.json": config}
+    files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 # ------------------------------------------------------------------------------------------ stream
-# The schedule. Each 80 ms of sound make one token, from the sum of the sound's embedding and that of
-# the last token; this goes on as long as there is sound, and nothing else ends it. The prompt is BOS
-# and [STREAMING_PAD] for 32 frames of silence and the delay, so the first token has heard delay + 1
-# frames of the recording. "One two", at a delay of 160 ms or 2 frames:
+# The schedule. Each 80 ms of sound make one token, from the sum of the sound's embedding and that
+# of the last token; this goes on as long as there is sound, and nothing else ends it. The prompt is
+# BOS and [STREAMING_PAD] for 32 frames of silence and the delay, so the first token has heard
+# delay + 1 frames of the recording. "One two", at a delay of 160 ms or 2 frames:
 #
 #     frame    0    1    2    3    4    5    6    7    8    9   10   11   12
 #     sound    .   wa  -n    .    .    t   -oo   .    .    .    .    .    .
@@ -767,16 +769,17 @@ def transcribe(
     return Transcript(stream.text, stream.tokens, stream.words)
 
 class Stream:
-    """Speech to text while the speech comes: `feed` any number of samples, in a pause `flush`, `finish`.
+    """Speech to text while the speech comes: `feed` samples, in a pause `flush`, then `finish`.
 
     `delay_ms`, a multiple of 80 from 80 to 2400, is how long the model listens on before it commits
     itself (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words`
-    and `tokens` hold all there is so far; besides them, memory does not grow. Raises VoxtralError for
-    an impossible delay, and for samples that are not finite floats in one dimension.
+    and `tokens` hold all there is so far; besides them, memory does not grow. Raises VoxtralError
+    for an impossible delay, and for samples that are not finite floats in one dimension.
     """
 
     def __init__(
-        self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None, temperature: float = 0.0
+        self, model: Voxtral, tokenizer: Any, *,
+        delay_ms: float | None = None, temperature: float = 0.0,
     ):
         audio, mel, decoder = tokenizer.audio, model.spectrogram, model.language_model
         if delay_ms is not None and (delay_ms % 80 or not 80 <= delay_ms <= 2400):
@@ -853,7 +856,7 @@ class Stream:
     def _decode(self, sound: mx.array) -> None:
         """Take the next embeddings of sound [1, n, D] and generate the tokens that they allow."""
         sound = mx.concatenate([self._sound, sound], axis=1)
-        unread = None
+        unread: Any = None
         while not self._ended and self._token.shape[1] <= sound.shape[1]:
             n = self._token.shape[1]  # all of the prompt at first, then one token
             self._token, sound = self._generate(sound[:, :n]), sound[:, n:]
@@ -868,7 +871,7 @@ class Stream:
         """Submit a step with n embeddings of sound [1, n, D]; its token [1, 1] is yet to come."""
         decoder = self._model.language_model
         x = decoder(decoder.embed_tokens(self._token) + sound, self._ffn_weights, self._caches)
-        logits = decoder.embed_tokens.as_linear(x[:, -1])  # [1, vocabulary]; only the last row counts
+        logits = decoder.embed_tokens.as_linear(x[:, -1])  # [1, vocabulary], of the last row only
         if self._temperature > 0:
             token = mx.random.categorical(logits / self._temperature)[None]
         else:
@@ -917,13 +920,13 @@ def columns(text: str) -> int:
 
 def wrap(text: str, width: int = 42) -> list[str]:
     """Break text into lines of so many columns: at spaces, and around wide characters."""
-    lines, rest = [], text.strip()
+    lines: list[str] = []
+    rest = text.strip()
     while columns(rest) > width:
         fits = max(n for n in range(1, width + 1) if columns(rest[:n]) <= width)
-        breaks = [
-            n for n in range(1, fits + 1)
-            if rest[n].isspace() or (columns(rest[n - 1 : n + 1]) > 2 and unicodedata.category(rest[n])[0] != "P")
-        ]
+        wide = [columns(rest[n - 1 : n + 1]) > 2 for n in range(fits + 1)]
+        punctuation = [unicodedata.category(c)[0] == "P" for c in rest]
+        breaks = [n for n in range(1, fits + 1) if rest[n] == " " or wide[n] and not punctuation[n]]
         n = breaks[-1] if breaks else fits  # a word longer than a line is cut
         lines, rest = [*lines, rest[:n].strip()], rest[n:].strip()
     return [*lines, rest]
@@ -993,7 +996,8 @@ def read_stdin(blocks: queue.Queue) -> None:
                 file.write(data)
 
     threading.Thread(target=copy, daemon=True).start()
-    raw = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE", "samplerate": 16000, "channels": 1}
+    raw: dict = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
+    raw |= {"samplerate": SAMPLE_RATE, "channels": 1}
     known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
     try:
         with soundfile.SoundFile(source, **({} if known else raw)) as sound:
@@ -1035,13 +1039,15 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
         total = f" of {len(samples) / SAMPLE_RATE:.1f}"
         pieces = (samples[i : i + step] for i in range(0, len(samples), step))
     # Where text and progress would share the line of a terminal, the text is the progress.
-    watched = sys.stderr.isatty() and not args.quiet and not (args.format == "text" and out.isatty())
+    shared = args.format == "text" and out.isatty()
+    watched = sys.stderr.isatty() and not args.quiet and not shared
     began, seconds = time.perf_counter(), 0.0
     try:
         for piece in itertools.chain(pieces or arriving_samples(args.quiet), [None]):
             text = stream.finish() if piece is None else stream.feed(piece)
             seconds += 0 if piece is None else len(piece) / SAMPLE_RATE
-            speed = f"{seconds:.1f}{total} s, {seconds / (time.perf_counter() - began):.1f} x real time"
+            times = seconds / (time.perf_counter() - began)
+            speed = f"{seconds:.1f}{total} s, {times:.1f} x real time"
             if args.format in ("srt", "vtt"):
                 text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
             if watched:
@@ -1055,9 +1061,10 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
         raise VoxtralError("holds no samples")
     if args.format == "json":
         delay = args.delay or int(tokenizer.audio.transcription_delay_ms)
-        record = {"file": name, "model": args.model, "delay_ms": delay, "duration": round(seconds, 3)}
+        record: dict = {"file": name, "model": args.model, "delay_ms": delay, "duration": seconds}
         record |= {"text": stream.text, "words": [asdict(word) for word in stream.words]}
-        print(json.dumps({**record, "tokens": stream.tokens}, ensure_ascii=False), file=out, flush=True)
+        record |= {"tokens": stream.tokens}
+        print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
     if not args.quiet:
         note(f"{name}: {speed}")
 
@@ -1100,7 +1107,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("audio", nargs="*", help="audio files (wav, flac, ogg, mp3, aiff), or - for standard input:"
-        " a WAV stream, or raw 16-bit little-endian mono 16 kHz samples, transcribed as they arrive")
+        " a WAV stream or raw 16-bit little-endian mono 16 kHz samples, transcribed as it arrives")
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
     add("--delay", type=int, metavar="MS", help="how long to listen before committing to a word:"
         " a multiple of 80 from 80 to 2400 (default: the model's, 480)")
@@ -1110,7 +1117,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--quiet", action="store_true", help="no progress, no summary")
     add("--convert", metavar="DIR", help="write a converted checkpoint to DIR, do not transcribe")
     add("--bits", type=int, choices=(4, 6, 8), help="with --convert: quantise to so many bits")
-    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in groups of so many")
+    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in such groups")
     args = parser.parse_args(argv)
     if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
         parser.error("name audio files (- once at most), or --convert DIR without any")
