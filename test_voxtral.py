@@ -473,6 +473,10 @@ def test_flush_keeps_the_stream_open_and_its_silence_out_of_times(loaded, noise)
     stream.feed(noise[:32000])
     stream.finish()
     assert len(stream.tokens) > tokens + 20 and stream.words[-1].end <= 52000 / 16000
+    tokens = len(stream.tokens)
+    assert stream.finish() == stream.flush() == "" and len(stream.tokens) == tokens
+    with pytest.raises(V.VoxtralError, match="finished"):
+        stream.feed(noise)
     ends = [word.end for word in stream.words]
     assert ends == sorted(ends)
 

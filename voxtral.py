@@ -97,7 +97,7 @@ def load_audio(path: str | Path) -> np.ndarray:
     Whatever libsndfile reads (wav, flac, ogg, mp3, aiff) at any rate; channels are averaged. Raises
     OSError, and VoxtralError for what is not such a file, is cut short, empty or not finite.
     """
-    import soundfile
+    import soundfile  # type: ignore[import-untyped]
 
     try:
         with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
@@ -106,7 +106,7 @@ def load_audio(path: str | Path) -> np.ndarray:
             missing, log = sound.frames - sound.tell(), sound.extra_info
     except soundfile.SoundFileError as error:
         raise VoxtralError(
-            f"{path}: damaged, or not audio that libsndfile reads ({error}); if ffmpeg reads it:"
+            f"{path}: damaged, or not audio that libsndfile reads; if ffmpeg reads it:"
             " ffmpeg -i FILE -f wav - | python voxtral.py -"
         ) from error
     # What is left of a file that was cut short is read without an error; only the log tells. A
@@ -121,7 +121,7 @@ def load_audio(path: str | Path) -> np.ndarray:
 
 def to_16k(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     """Blocks [n, channels] at `rate` Hz -> blocks [n] of mono sound at 16 kHz, by soxr."""
-    import soxr
+    import soxr  # type: ignore[import-untyped]
 
     if rate < 1000:
         raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
@@ -823,7 +823,7 @@ class Stream:
     def flush(self) -> str:
         """In a pause: push the pending words out with silence, which later times do not count."""
         start, silence, before = self._pause
-        if self._fed == start + silence:
+        if self._fed == start + silence or self._ended:
             return ""  # nothing was said since
         silent = (-(-self._fed // self._frame) + self._right_pad) * self._frame - self._fed
         self._pause = (self._fed, silent, before + silence)
@@ -833,8 +833,9 @@ class Stream:
         """End the recording and return the rest of its text."""
         self._end = min(self._end, -(-self._fed // self._frame))
         centring = np.zeros(self._model.spectrogram.window_size // 2, np.float32)
-        text = self.flush() + self._run(centring)
-        return text + self._write(self._utf8.decode(b"", final=True))
+        text = self.flush() + self._run(centring) + self._write(self._utf8.decode(b"", final=True))
+        self._ended = True
+        return text
 
     @property
     def time(self) -> float:
@@ -985,7 +986,7 @@ def note(text: str) -> None:
 
 def read_stdin(blocks: queue.Queue) -> None:
     """Standard input to blocks [n] of 16 kHz sound; the last is None, or what went wrong."""
-    import soundfile
+    import soundfile  # type: ignore[import-untyped]
 
     head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()
 
@@ -1041,7 +1042,7 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
     # Where text and progress would share the line of a terminal, the text is the progress.
     shared = args.format == "text" and out.isatty()
     watched = sys.stderr.isatty() and not args.quiet and not shared
-    began, seconds = time.perf_counter(), 0.0
+    began, seconds, erase = time.perf_counter(), 0.0, "\r\x1b[K" * watched
     try:
         for piece in itertools.chain(pieces or arriving_samples(args.quiet), [None]):
             text = stream.finish() if piece is None else stream.feed(piece)
@@ -1050,11 +1051,13 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
             speed = f"{seconds:.1f}{total} s, {times:.1f} x real time"
             if args.format in ("srt", "vtt"):
                 text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
-            if watched:
-                print("\r\x1b[K" + speed * (piece is not None), end="", file=sys.stderr, flush=True)
+            print(erase, end="", file=sys.stderr, flush=True)
             if args.format != "json":
                 print(text, end="", file=out, flush=True)
+            if watched and piece is not None:
+                print(speed, end="", file=sys.stderr, flush=True)
     finally:  # what was printed ends with its line, even after Ctrl-C
+        print(erase, end="", file=sys.stderr, flush=True)
         if args.format == "text" and seconds:
             print(file=out, flush=True)
     if not seconds:
