@@ -396,7 +396,7 @@ class Decoder(nn.Module):
         """Each layer's ffn_norm weight [D] times 1 + ada(t), for a delay of so many tokens.
 
         t embeds the delay as the first transformer did positions: cosines and sines of
-        geometrically spaced frequencies. Nothing else enters, so a stream does this once and a step pays nothing.
+        geometrically spaced frequencies. Nothing else enters: it is done once per stream.
         """
         weight = self.norm.weight
         half = weight.shape[0] // 2
