@@ -101,8 +101,7 @@ def load_audio(path: str | Path) -> np.ndarray:
 
     try:
         with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
-            blocks = sound.blocks(1 << 16, dtype="float32", always_2d=True)
-            samples = np.concatenate(list(to_16k(blocks, sound.samplerate)))
+            samples = np.concatenate(list(to_16k(sound, 1 << 16)))
             missing, log = sound.frames - sound.tell(), sound.extra_info
     except soundfile.SoundFileError as error:
         raise VoxtralError(
@@ -119,14 +118,16 @@ def load_audio(path: str | Path) -> np.ndarray:
         raise VoxtralError(f"{path}: holds no samples, or some that are NaN or infinite")
     return samples
 
-def to_16k(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Blocks [n, channels] at `rate` Hz -> blocks [n] of mono sound at 16 kHz, by soxr."""
+def to_16k(sound: Any, n: int) -> Iterator[np.ndarray]:
+    """An open soundfile.SoundFile, n of its samples at a time -> blocks of mono sound at 16 kHz."""
     import soxr  # type: ignore[import-untyped]
 
+    rate = sound.samplerate
     if rate < 1000:
         raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-    for block in blocks:
+    # To the first empty block: the number of samples that a header promises may be anything.
+    while len(block := sound.read(n, dtype="float32", always_2d=True)):
         mono = block.mean(axis=1)
         yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
@@ -1002,9 +1003,7 @@ def read_stdin(blocks: queue.Queue) -> None:
     known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
     try:
         with soundfile.SoundFile(source, **({} if known else raw)) as sound:
-            read = partial(sound.read, sound.samplerate // 25, dtype="float32", always_2d=True)
-            pieces = itertools.takewhile(len, (read() for _ in itertools.count()))
-            for block in to_16k(pieces, sound.samplerate):
+            for block in to_16k(sound, sound.samplerate // 25):
                 blocks.put(block)
         blocks.put(None)
     except Exception as error:  # whatever it is, the one who waits must learn it
