@@ -1011,6 +1011,8 @@ def read_stdin(blocks: queue.Queue) -> None:
 
 def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
     """Standard input as it comes, up to 4 s at once; a thread reads on while the model works."""
+    if sys.stdin.isatty():
+        raise VoxtralError("standard input is a terminal: pipe sound into it")
     blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
     threading.Thread(target=read_stdin, args=(blocks,), daemon=True).start()
     began, done, last = time.monotonic(), 0, False
