@@ -1,14 +1,4 @@
 #!/usr/bin/env python3
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#   "mlx>=0.32.0; sys_platform == 'darwin'",
-#   "mlx[cpu]>=0.32.0; sys_platform == 'linux'",
-#   "huggingface_hub>=1.0",
-#   "mistral-common[audio]>=1.10.0",
-#   "numpy>=2.0",
-# ]
-# ///
 """Voxtral Mini 4B Realtime, Mistral's streaming speech-to-text model, in one file of MLX.
 
     python voxtral.py speech.wav                                 # the words, as they are decoded
@@ -32,22 +22,22 @@ Voxtral Realtime differs in three ways, and each makes it a stream:
             positions: 750 frames (15 s) in the encoder, 8192 tokens (11 min) in the decoder. What
             was computed stays valid whatever is said next, and memory does not grow.
   added     There is no cross-attention. At every position the decoder's input is the embedding of
-            the last text token *plus* the embedding of 80 ms of sound, and every 80 ms it writes
-            exactly one token. Mostly that is [STREAMING_PAD]: nothing to say yet. [STREAMING_WORD]
-            announces a word, whose tokens follow, one per frame.
-  delayed   The text stream runs some frames behind the sound. Nobody can write a word before it
-            was heard; a longer delay hears more context, errs less and answers later. One set of
-            weights serves delays from 80 ms to 2.4 s, so the decoder must be told which one it
-            works at: a small network turns the delay into a scale on every layer's norm.
+            the last text token *plus* that of 80 ms of sound, and it writes exactly one token:
+            mostly [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], which announces a word,
+            whose tokens follow, one per frame.
+  delayed   The text runs some frames behind the sound, as nobody can write a word before hearing
+            it: a longer delay hears more, errs less and answers later. One set of weights serves
+            delays from 80 ms to 2.4 s; a small network turns the one it works at into a scale on
+            the norms of the decoder.
 
-So here a file is a stream that arrives at once, and there is one path through the code:
-`Stream.feed` any number of samples, then `Stream.finish`; `transcribe` is just these two. Leaf
-first: audio, attention, encoder and decoder, checkpoints, stream, subtitles, command line.
+So a file is a stream that arrives at once, and there is one path through the code: `Stream.feed`
+any number of samples, then `Stream.finish`; `transcribe` is just these two. Leaf first: audio,
+attention, encoder and decoder, checkpoints, stream, subtitles, command line.
 
-Letters in shape comments: B batch (1 in a stream), F mel frames, T positions, D dim, H heads,
-C channels. Sources: the Voxtral Realtime report (arXiv 2602.11298), the params.json of
-mistralai/Voxtral-Mini-4B-Realtime-2602, and mistral-common, which owns the tokenizer and every
-constant of the audio format. Delayed streams: Kyutai, arXiv 2509.08753.
+Letters in shapes: B batch (1 in a stream), F mel frames, T new positions, D dim, H heads, C
+channels. Sources: the Voxtral Realtime report (arXiv 2602.11298); delayed streams (Kyutai, arXiv
+2509.08753); params.json of mistralai/Voxtral-Mini-4B-Realtime-2602; and mistral-common, which owns
+the tokenizer and every constant of the audio format.
 """
 
 from __future__ import annotations
@@ -67,7 +57,6 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -75,8 +64,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten
 
 # mistral-common, huggingface_hub, soundfile and soxr are slow to import: each is imported where it
@@ -98,16 +87,13 @@ def load_audio(path: str | Path) -> np.ndarray:
     OSError, and VoxtralError for what is not such a file, is cut short, empty or not finite.
     """
     import soundfile  # type: ignore[import-untyped]
-
     try:
         with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
             samples = np.concatenate(list(to_16k(sound, 1 << 16)))
             missing, log = sound.frames - sound.tell(), sound.extra_info
     except soundfile.SoundFileError as error:
-        raise VoxtralError(
-            f"{path}: damaged, or not audio that libsndfile reads; if ffmpeg reads it:"
-            " ffmpeg -i FILE -f wav - | python voxtral.py -"
-        ) from error
+        why = "damaged, or not audio that libsndfile reads; perhaps ffmpeg does"
+        raise VoxtralError(f"{path}: {why}: ffmpeg -i FILE -f wav - | voxtral.py -") from error
     # What is left of a file that was cut short is read without an error; only the log tells. A
     # size near 2 or 4 GiB is no promise: it was written to a pipe, before the size was known.
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
@@ -121,7 +107,6 @@ def load_audio(path: str | Path) -> np.ndarray:
 def to_16k(sound: Any, n: int) -> Iterator[np.ndarray]:
     """An open soundfile.SoundFile, n of its samples at a time -> blocks of mono sound at 16 kHz."""
     import soxr  # type: ignore[import-untyped]
-
     rate = sound.samplerate
     if rate < 1000:
         raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
@@ -135,19 +120,14 @@ def to_16k(sound: Any, n: int) -> Iterator[np.ndarray]:
 @dataclass(frozen=True)
 class Spectrogram:
     """The log-mel front end; the defaults are the published model's."""
-
     num_mel_bins: int = 128
     hop_length: int = 160  # samples: 10 ms
     window_size: int = 400  # samples: 25 ms
     global_log_mel_max: float = 1.5
 
     def frames(self, samples: np.ndarray) -> mx.array:
-        """Log-mel [F, num_mel_bins] float32 of the F whole windows in `samples` [n].
-
-        In numpy: the sound is on the CPU, the work is small, and float32 stays float32.
-        """
+        """Log-mel [F, num_mel_bins] float32 of the F whole windows in `samples` [n]."""
         from mistral_common.audio import mel_filter_bank
-
         bins = self.window_size // 2 + 1
         bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
         # Periodic, not symmetric: numpy's window of one more sample without its last.
@@ -155,7 +135,7 @@ class Spectrogram:
         windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size)
         spectrum = np.fft.rfft(windows[:: self.hop_length] * hann)  # [F, bins]
         power = (np.abs(spectrum) ** 2).astype(np.float32)
-        log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))
+        log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))  # [F, num_mel_bins]
         # Whisper clips at 8 below the loudest sound of the clip. A stream cannot know that, so a
         # constant of training stands in for it.
         return mx.array((np.maximum(log, self.global_log_mel_max - 8) + 4) / 4)
@@ -176,7 +156,6 @@ class Carry:
     After n windows the next begins at input n * stride: from there on everything is kept. (The last
     kernel - stride inputs look like the same, and lack some when a chunk ends between windows.)
     """
-
     def __init__(self, kernel: int, stride: int, zeros: int):
         self.kernel, self.stride, self.zeros = kernel, stride, zeros
         self.rest: Any = None  # [..., n, C], of the signal's own array type
@@ -198,7 +177,6 @@ class Carry:
 @dataclass(frozen=True)
 class TransformerArgs:
     """The sizes of a transformer, from one section of params.json."""
-
     dim: int
     n_layers: int
     n_heads: int
@@ -209,8 +187,15 @@ class TransformerArgs:
     rope_theta: float
     norm_eps: float
 
+@lru_cache(maxsize=4)  # the layers of a stack ask for the same one
+def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
+    """What T positions from `start` on see of a buffer [T, size]: `window`, themselves last."""
+    # To be added to the scores: CUDA has a fused kernel for that, and none for a boolean mask.
+    distance = mx.arange(start, start + T)[:, None] - mx.arange(size)
+    return mx.where((distance >= 0) & (distance < window), 0.0, mx.finfo(dtype).min).astype(dtype)
+
 class KVCache:
-    """Rotated keys, and values, of the last `window` positions, oldest first.
+    """Rotated keys, and values, of the last `window` positions, oldest first; and their attention.
 
     The buffer is appended to in place. A full one is replaced by one with as much room again, which
     starts with the entries still in the window: nothing moves within a buffer, no step is special.
@@ -219,67 +204,39 @@ class KVCache:
     stream, positions would reach 4.3 million in a day, and float32 angles be wrong by 0.25 rad; so
     they stay below two windows, and each key is turned back at most once.
     """
-
     def __init__(self, args: TransformerArgs):
         self.window, self.length = args.sliding_window, 0
         sizes: Any = {"dims": args.head_dim, "base": args.rope_theta, "scale": 1.0}
-        # traditional: neighbours, 2i and 2i + 1, turn together
-        self.rope: Any = partial(mx.fast.rope, traditional=True, **sizes)
-        self.keys = self.values = mx.zeros((0, 0, 0))  # append makes the buffers
+        self.rope: Any = partial(mx.fast.rope, traditional=True, **sizes)  # turns neighbours
+        self.keys = self.values = mx.zeros((0, 0, 0))  # the first call makes the buffers
 
-    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array, int]:
-        """Add k and v [B, H, T, head_dim], k not rotated yet.
-
-        Returns the keys and values [B, H, L, head_dim], L < window + T, that the T new positions
-        see, and the first one's position.
-        """
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """T new positions [B, H, T, head_dim], not rotated yet -> what they see, shaped like q."""
         T, kept = k.shape[2], min(self.length, self.window - 1)
+        first = self.length - kept
         if self.length + T > self.keys.shape[2]:
             old_k = old_v = k[:, :, :0]
             if kept:
-                first = self.length - kept
                 old_k, old_v = (x[:, :, first : self.length] for x in (self.keys, self.values))
                 # All turn by one angle: as if each were alone, at position 0, in a batch of keys.
                 old_k = self.rope(old_k.swapaxes(0, 2), offset=-first).swapaxes(0, 2)
             room = mx.zeros((*k.shape[:2], max(T, kept), k.shape[3]), k.dtype)
             self.keys = mx.concatenate([old_k, room], axis=2)
             self.values = mx.concatenate([old_v, room], axis=2)
-            self.length = kept
+            first, self.length = 0, kept
         start, self.length = self.length, self.length + T
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
-        seen = slice(start - kept, self.length)
-        return self.keys[:, :, seen], self.values[:, :, seen], start
-
-@lru_cache(maxsize=8)
-def band(T: int, L: int, window: int, dtype: mx.Dtype) -> mx.array:
-    """The mask [T, L] by which the last T of L positions see `window` positions, themselves last.
-
-    It is added to the scores: CUDA has a fused kernel for that, and none for a boolean mask.
-    """
-    distance = mx.arange(L - T, L)[:, None] - mx.arange(L)
-    return mx.where((distance >= 0) & (distance < window), 0.0, mx.finfo(dtype).min).astype(dtype)
-
-def windowed_attention(q: mx.array, k: mx.array, v: mx.array, window: int) -> mx.array:
-    """Attention of the last T of L positions, q [B, H, T, head_dim], over `window` keys each."""
-    attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
-    T, past = q.shape[2], k.shape[2] - q.shape[2]
-    if T == 1:
-        return attend(q, k, v)  # the cache holds what it sees, and no more
-    # In blocks of one window a query meets at most two windows of keys, however many come at once.
-    # Few rows go one by one: without a mask, and on CUDA without planning a kernel at every new L.
-    block, rows = window if T > 8 else 1, []
-    for start in range(0, T, block):
-        end = min(start + block, T)
-        seen = slice(max(0, past + start + 1 - window), past + end)
-        n, length = end - start, seen.stop - seen.start
-        mask = "causal" if length <= window else band(n, length, window, q.dtype) if n > 1 else None
-        rows.append(attend(q[:, :, start:end], k[:, :, seen], v[:, :, seen], mask=mask))
-    return mx.concatenate(rows, axis=2)
+        keys, values, mask = self.keys, self.values, None
+        if T == 1:  # as it is: all it sees, and no more
+            keys, values = (x[:, :, first : self.length] for x in (keys, values))
+        else:  # the whole buffer: CUDA plans a kernel for each new shape, which takes it long
+            mask = window_mask(start, T, keys.shape[2], self.window, q.dtype)
+        q, scale = self.rope(q, offset=start), q.shape[3] ** -0.5
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
 
 class Attention(nn.Module):
     """Self-attention over a sliding window; grouped queries where n_kv_heads < n_heads."""
-
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.head_dim = args.head_dim
@@ -291,18 +248,18 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q = self.q_proj(x).reshape(heads).swapaxes(1, 2)  # [B, H, T, head_dim]
-        k = self.k_proj(x).reshape(heads).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
-        v = self.v_proj(x).reshape(heads).swapaxes(1, 2)
-        keys, values, position = cache.append(k, v)
-        q = cache.rope(q, offset=position)
-        out = windowed_attention(q, keys, values, cache.window)
-        return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if T == 1:  # the common step; nothing to swap, and fewer nodes to submit to the GPU
+            q, k, v = (y.reshape(B, -1, 1, self.head_dim) for y in projected)
+        else:
+            q, k, v = (y.reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for y in projected)
+        out = cache(q, k, v)  # [B, n_heads, T, head_dim]
+        return self.o_proj((out if T == 1 else out.swapaxes(1, 2)).reshape(B, T, -1))
+
+swiglu = mx.compile(lambda gate, up: nn.silu(gate) * up, shapeless=True)  # as one kernel
 
 class SwiGLU(nn.Module):
     """The feed-forward part: one projection gates another."""
-
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
@@ -310,11 +267,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 class Block(nn.Module):
     """A pre-norm transformer layer; the encoder's have biases."""
-
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.attn_norm = nn.RMSNorm(args.dim, args.norm_eps)
@@ -329,18 +285,10 @@ class Block(nn.Module):
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
 
-class AudioMemory:
-    """All that one stream's encoder and adapter remember between two pieces of sound."""
-
-    def __init__(self, model: Voxtral):
-        self.conv1 = Carry(kernel=3, stride=1, zeros=2)
-        self.conv2 = Carry(kernel=3, stride=2, zeros=1)
-        self.group = Carry(model.downsample_factor, model.downsample_factor, zeros=0)
-        self.caches = [KVCache(model.encoder_args) for _ in model.encoder.layers]
+AudioMemory = tuple[Carry, Carry, list[KVCache]]  # the encoder's, between two pieces of sound
 
 class Encoder(nn.Module):
     """Whisper's encoder made causal: two convolutions, then layers with a sliding window."""
-
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
         super().__init__()
         self.conv1 = nn.Conv1d(num_mel_bins, args.dim, kernel_size=3)
@@ -349,48 +297,25 @@ class Encoder(nn.Module):
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def __call__(self, mel: mx.array, memory: AudioMemory) -> mx.array:
-        """The next log-mel frames [B, F, C] -> the frames [B, about F / 2, D] they complete."""
+        """The next log-mel frames [B, F, C], F even -> frames [B, F / 2, D]."""
+        past1, past2, caches = memory
         x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
-        for conv, carry in ((self.conv1, memory.conv1), (self.conv2, memory.conv2)):
-            x = carry(x)
-            if x.shape[1] == 0:  # not one window yet
-                return mx.zeros((x.shape[0], 0, conv.weight.shape[0]), x.dtype)
-            x = nn.gelu(conv(x))
-        for layer, cache in zip(self.layers, memory.caches):
+        x = nn.gelu(self.conv1(past1(x)))
+        x = nn.gelu(self.conv2(past2(x)))
+        for layer, cache in zip(self.layers, caches):
             x = layer(x, cache, layer.ffn_norm.weight)
         return self.norm(x)
 
-class Adapter(nn.Module):
-    """From sound to the decoder's space: some encoder frames side by side to one embedding."""
-
-    def __init__(self, frames_dim: int, dim: int):
-        super().__init__()
-        self.w_in = nn.Linear(frames_dim, dim, bias=False)
-        self.w_out = nn.Linear(dim, dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.w_out(nn.gelu(self.w_in(x)))
-
-class AdaNorm(nn.Module):
-    """A decoder layer's ear for the delay: its embedding [1, D] -> a scale [1, D] around 0."""
-
-    def __init__(self, dim: int, inner: int):
-        super().__init__()
-        self.linear_in = nn.Linear(dim, inner, bias=False)
-        self.linear_out = nn.Linear(inner, dim, bias=False)
-
-    def __call__(self, t: mx.array) -> mx.array:
-        return self.linear_out(nn.gelu(self.linear_in(t)))
-
 class Decoder(nn.Module):
     """A language model whose input at each position is a token's embedding plus a sound's."""
-
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, args.dim)
         self.layers = [Block(args, bias=False) for _ in range(args.n_layers)]
         for layer in self.layers:
-            layer.ada_norm = AdaNorm(args.dim, ada_dim)
+            layer.ada_norm = nn.Module()  # its ear for the delay
+            layer.ada_norm.linear_in = nn.Linear(args.dim, ada_dim, bias=False)
+            layer.ada_norm.linear_out = nn.Linear(ada_dim, args.dim, bias=False)
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def ffn_weights(self, delay: int) -> list[mx.array]:
@@ -402,8 +327,9 @@ class Decoder(nn.Module):
         weight = self.norm.weight
         half = weight.shape[0] // 2
         angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)
-        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(weight.dtype)
-        return [layer.ffn_norm.weight * (1 + layer.ada_norm(t)[0]) for layer in self.layers]
+        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(weight.dtype)  # [1, D]
+        norms = ((layer.ffn_norm, layer.ada_norm) for layer in self.layers)
+        return [n.weight * (1 + ada.linear_out(nn.gelu(ada.linear_in(t)))[0]) for n, ada in norms]
 
     def __call__(self, x: mx.array, ffn_weights: list[mx.array], caches: list[KVCache]) -> mx.array:
         """Inputs [B, T, D] -> outputs [B, T, D]; embed_tokens.as_linear makes logits of them."""
@@ -413,7 +339,6 @@ class Decoder(nn.Module):
 
 class Voxtral(nn.Module):
     """The whole model; `config` is the content of params.json, else KeyError or ValueError."""
-
     def __init__(self, config: dict):
         super().__init__()
         whisper = config["multimodal"]["whisper_model_args"]
@@ -426,22 +351,32 @@ class Voxtral(nn.Module):
         self.encoder_args, self.decoder_args = encoder, decoder
         self.downsample_factor, self.vocab_size = factor, vocab_size
         self.encoder = Encoder(encoder, self.spectrogram.num_mel_bins)
-        self.adapter = Adapter(encoder.dim * factor, decoder.dim)
+        self.adapter = nn.Module()  # encoder frames side by side -> the decoder's space
+        self.adapter.w_in = nn.Linear(encoder.dim * factor, decoder.dim, bias=False)
+        self.adapter.w_out = nn.Linear(decoder.dim, decoder.dim, bias=False)
         self.language_model = Decoder(decoder, vocab_size, ada_dim)
-        # A long signal is encoded in blocks of four windows: rows enough to keep a GPU busy, while
+        # A long signal is encoded in blocks of two windows: rows enough to keep a GPU busy, while
         # what they need stays small beside the weights. In audio embeddings:
-        self.block = max(1, 4 * encoder.sliding_window // factor)
+        self.block = max(1, 2 * encoder.sliding_window // factor)
+
+    def audio_memory(self) -> AudioMemory:
+        """What a stream's encoder remembers between two pieces of sound; of nothing yet."""
+        caches = [KVCache(self.encoder_args) for _ in self.encoder.layers]
+        return Carry(kernel=3, stride=1, zeros=2), Carry(kernel=3, stride=2, zeros=1), caches
 
     def embed_audio(self, mel: mx.array, memory: AudioMemory) -> mx.array:
-        """The next log-mel frames [B, F, C] -> the embeddings [B, about F / 8, D] they complete."""
-        x = memory.group(self.encoder(mel, memory))  # [B, T * factor, D of the encoder]
-        return self.adapter(x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2]))
+        """The next log-mel frames [B, F, C], F a multiple of 8 -> embeddings [B, F / 8, D]."""
+        x = self.encoder(mel, memory)
+        x = x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2])  # groups of 4 frames
+        return self.adapter.w_out(nn.gelu(self.adapter.w_in(x)))
 
     def encode(self, mel: mx.array) -> mx.array:
         """Log-mel of a whole signal [F, C] -> its audio embeddings [F // 8, D], one per 80 ms."""
-        memory, step = AudioMemory(self), self.block * 2 * self.downsample_factor
-        pieces = (mel[None, i : i + step] for i in range(0, len(mel), step))
+        token = 2 * self.downsample_factor  # in log-mel frames; a last part of one is left out
+        memory, step, end = self.audio_memory(), self.block * token, len(mel) // token * token
+        pieces = (mel[None, i : min(i + step, end)] for i in range(0, end, step))
         return mx.concatenate([self.embed_audio(piece, memory) for piece in pieces], axis=1)[0]
+
 
 # ------------------------------------------------------------------------------------- checkpoints
 # The weights are published in four layouts: "converted" (by voxmlx), whose names the modules above
@@ -511,10 +446,9 @@ def read_config(folder: Path) -> tuple[str, dict]:
     if params.is_file() and (folder / "consolidated.safetensors").is_file():
         return "original", json.loads(params.read_bytes())
     if "encoder_args" in config and "decoder" in config:
-        kept = {"quantization": config.get("quantization")}
-        layout, text = "mlx-audio", config["decoder"]
-        audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
-        factor = audio["downsample_factor"]
+        layout, text, audio = "mlx-audio", config["decoder"], config["encoder_args"]
+        audio = {"audio_encoding_args": config.get("audio_encoding_args"), **audio}
+        factor, kept = audio["downsample_factor"], {"quantization": config.get("quantization")}
     elif config.get("model_type") == "voxtral_realtime":
         layout, factor = "transformers", config["downsample_factor"]
         audio, text = (
@@ -533,33 +467,25 @@ def read_config(folder: Path) -> tuple[str, dict]:
 def weight_files(folder: Path, layout: str) -> list[Path]:
     """The safetensors files of a checkpoint; all of them are there."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(path.name for path in folder.glob("model*.safetensors")) or ["model.safetensors"]
     if layout == "original":
-        names = ["consolidated.safetensors"]
+        names = {"consolidated.safetensors"}
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    else:
+        names = {path.name for path in folder.glob("model*.safetensors")} or {"model.safetensors"}
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise VoxtralError(f"{folder}: the weights are incomplete: {name} is not in the folder")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(names)]
 
 def converted_name(name: str, table: dict[str, str]) -> str:
     """A tensor's name in the converted layout; what the table does not know stays as it is."""
     name = re.sub(r"^(mm_streams_embeddings\.embedding_module|mm_whisper_embeddings)\.", "", name)
     module, _, kind = name.rpartition(".")
     match = re.fullmatch(r"(.*layers)\.(\d+)(\..+)", module)
-    if match and module not in table:
-        layer, index, inside = match.groups()
-        layer = table.get(f"{layer}.N", f"{layer}.N").replace("N", index)
-        return f"{layer}{table.get(inside, inside)}.{kind}"
+    if match and f"{match[1]}.N" in table:
+        module = table[f"{match[1]}.N"].replace("N", match[2]) + table.get(match[3], match[3])
     return f"{table.get(module, module)}.{kind}"
-
-def interleaved(w: mx.array, head_dim: int) -> mx.array:
-    """Rows [H * head_dim, ...] of q or k so that neighbours, 2i and 2i + 1, turn together.
-
-    In transformers' layout, rows i and i + head_dim / 2 of a head do.
-    """
-    return w.reshape(-1, 2, head_dim // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.array]:
     """All tensors of a checkpoint under their converted names; lazy, nothing is read yet."""
@@ -572,8 +498,10 @@ def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.arra
             if layout in ("original", "transformers") and "conv" in name and w.ndim == 3:
                 w = w.swapaxes(1, 2)  # [out, in, kernel] -> [out, kernel, in]
             if layout == "transformers" and re.search(r"\.[qk]_proj\.", name):
+                # There rows i and i + head_dim / 2 of a head turn together, here neighbours do.
                 args = model.encoder_args if name.startswith("encoder") else model.decoder_args
-                w = interleaved(w, args.head_dim)
+                halves = w.reshape(-1, 2, args.head_dim // 2, *w.shape[1:])
+                w = halves.swapaxes(1, 2).reshape(w.shape)
             if not theirs.endswith(("output.weight", "lm_head.weight")):  # the embedding once more
                 weights[name] = w
     return weights
@@ -586,10 +514,9 @@ def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, 
         weights = read_weights(folder, layout, model)
         if any(name.endswith(".scales") for name in weights):
             settings = config["quantization"]
-            nn.quantize(  # just what the file has scales of, whatever rule its writer followed
-                model, settings["group_size"], settings["bits"],
-                class_predicate=lambda path, _: f"{path}.scales" in weights,
-            )
+            # Just what the file has scales of, whatever rule its writer followed.
+            nn.quantize(model, settings["group_size"], settings["bits"],
+                        class_predicate=lambda path, _: f"{path}.scales" in weights)
         # One type throughout: one float32 norm would turn all activations behind it to float32.
         dtype = dtype or weights["encoder.conv1.weight"].dtype
         dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
@@ -597,9 +524,8 @@ def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, 
         model.load_weights(typed)  # strict: nothing may be missing, in excess or misshapen
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = ", ".join(str(error).split(",\n")[:5])  # names five tensors of possibly hundreds
-        raise VoxtralError(
-            f"{folder}: damaged, or not Voxtral Mini 4B Realtime ({type(error).__name__}: {why})"
-        ) from error
+        why = f"damaged, or not Voxtral Mini 4B Realtime ({type(error).__name__}: {why})"
+        raise VoxtralError(f"{folder}: {why}") from error
     return model, config
 
 def load_voxtral_model(
@@ -613,9 +539,7 @@ def load_voxtral_model(
     Raises VoxtralError for what is missing, damaged or does not go together, and OSError.
     """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-
-    folder = Path(path_or_id).expanduser()
-    folder = folder if folder.exists() else download_weights(str(path_or_id))
+    folder = find_folder(path_or_id)
     model, config = prepare_model(folder, dtype)
     samples = model.spectrogram.hop_length * 2 * model.downsample_factor
     try:
@@ -650,21 +574,21 @@ def choose_files(names: Iterable[str], config: dict) -> list[str]:
 def download_weights(model_id: str) -> Path:
     """The folder of a hub repository in the cache, after downloading what is needed of it."""
     from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
-
     try:
         names = [file.rfilename for file in HfApi().model_info(model_id).siblings or []]
         path = hf_hub_download(model_id, "config.json") if "config.json" in names else os.devnull
         config = json.loads(Path(path).read_bytes() or "{}")
         return Path(snapshot_download(model_id, allow_patterns=choose_files(names, config)))
     except Exception as error:  # no such repository, no network, no space: dozens of classes
-        try:
+        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
             return Path(snapshot_download(model_id, local_files_only=True))
-        except (errors.LocalEntryNotFoundError, errors.HFValidationError):
-            hint = "a folder works too: --model FOLDER"
-            if isinstance(error, errors.RepositoryNotFoundError):  # the hub tells nobody which
-                hint = "misspelt, or private: hf auth login"
-            why = f"no folder, and not to be had from the hub ({hint}): {error}"
-            raise VoxtralError(f"{model_id}: {why}") from error
+        why = "no such folder, and not to be had from the hub (a private one needs hf auth login)"
+        raise VoxtralError(f"{model_id}: {why}: {error}") from error
+
+def find_folder(path_or_id: str | Path) -> Path:
+    """A checkpoint's folder: one that is there, or a hub repository's, downloaded."""
+    folder = Path(path_or_id).expanduser()
+    return folder if folder.exists() else download_weights(str(path_or_id))
 
 def convert(
     path_or_id: str | Path, out_dir: str | Path, *,
@@ -675,8 +599,7 @@ def convert(
     Returns the size of the weights before and after, in bytes. Raises VoxtralError unless `out_dir`
     is new or empty. Whatever happens, nothing appears there before all of it is written.
     """
-    folder, out = Path(path_or_id).expanduser(), Path(out_dir).expanduser()
-    folder = folder if folder.exists() else download_weights(str(path_or_id))
+    folder, out = find_folder(path_or_id), Path(out_dir).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
     model, config = prepare_model(folder, dtype)
@@ -687,10 +610,8 @@ def convert(
         # time. Norms, biases and convolutions, under 0.2 % of the bytes, stay. ada_norm, used once
         # per stream, could stay too, but voxmlx wants what the group size divides quantised.
         config = {**config, "quantization": {"group_size": group_size, "bits": bits}}
-        nn.quantize(
-            model, group_size, bits, class_predicate=lambda _, module:
-            hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0,
-        )
+        nn.quantize(model, group_size, bits, class_predicate=lambda _, part:
+                    hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0)
     weights: Any = dict(tree_flatten(model.parameters()))
     del model  # so that each tensor can be read, written and forgotten
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -705,36 +626,35 @@ def convert(
 
 def write_checkpoint(folder: Path, weights: dict[str, mx.array], config: dict) -> None:
     """Write shards of under 5 GB, their index and config.json; `weights` is empty afterwards."""
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+    shards = split(weights, get_storage_size=lambda w: w.nbytes, max_shard_size="4GB",
+                   filename_pattern="model{suffix}.safetensors")
     folder.mkdir()
-    shards, index, total = defaultdict[int, dict](dict), {}, 0
-    for name in list(weights):
-        total += weights[name].nbytes
-        shards[total // 4_000_000_000][name] = weights.pop(name)  # no tensor has over 0.9 GB
-    for i, (key, shard) in enumerate(list(shards.items()), 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        index.update(dict.fromkeys(shard, file))
-        mx.save_safetensors(str(folder / file), shard, {"format": "mlx"})
-        shards[key] = shard = {}  # room for the next
+    for file, names in shards.filename_to_tensors.items():
+        part = {name: weights.pop(name) for name in names}
+        mx.save_safetensors(str(folder / file), part, {"format": "mlx"})
+        del part  # room for the next
         note(f"{file}: {(folder / file).stat().st_size / 1e9:.2f} GB")
-    files = {"config.json": config}
-    files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
-    for file, content in files.items():
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    for file, content in (("config.json", config), ("model.safetensors.index.json", index)):
         (folder / file).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 # ------------------------------------------------------------------------------------------ stream
 # The schedule. Each 80 ms of sound make one token, from the sum of the sound's embedding and that
 # of the last token; this goes on as long as there is sound, and nothing else ends it. The prompt is
 # BOS and [STREAMING_PAD] for 32 frames of silence and the delay, so the first token has heard
-# delay + 1 frames of the recording. "One two", at a delay of 160 ms or 2 frames:
+# delay + 1 frames of the recording. The first second of shared/digits/clips/short.wav, in which
+# somebody says "seven" from 0.25 to 0.50 s, at a delay of 160 ms or 2 frames:
 #
 #     frame    0    1    2    3    4    5    6    7    8    9   10   11   12
-#     sound    .   wa  -n    .    .    t   -oo   .    .    .    .    .    .
-#     token              .    .   [W] " one" .    .   [W]  " t" "wo"  .    .
+#     sound    .    .    .   se  -ve   -e   -n    .    .    .    .    .   ni
+#     token              .    .    .    .    .    .   [W]  " se" "v" "en"  .
 #     k                  0    1    2    3    4    5    6    7    8    9   10
+#     text                                                  se   sev  seven
 #
 # [W] is [STREAMING_WORD]: a word is over, and the delay has passed; its text follows, a token per
-# frame. Opened at k, the word ended after (k + 1) * 80 ms: " one" at 240 ms. A dot in the row of
-# tokens is [STREAMING_PAD]: nothing to say.
+# frame. Opened at k, the word ended after (k + 1) * 80 ms: here 560 ms, the end of frame 6. A dot
+# in the row of tokens is [STREAMING_PAD]: nothing to say.
 
 LONGEST = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
 
@@ -746,7 +666,6 @@ class Word:
     it heard as one. Joined, the texts are the transcript: they have their leading spaces. `end` is
     exact to a frame; `start` is the end of the word before, but at most LONGEST before `end`.
     """
-
     text: str
     start: float
     end: float
@@ -754,7 +673,6 @@ class Word:
 @dataclass
 class Transcript:
     """What was said: text, generated token ids (one per 80 ms), words with times."""
-
     text: str
     tokens: list[int]
     words: list[Word]
@@ -777,7 +695,6 @@ class Stream:
     and `tokens` hold all there is so far; besides them, memory does not grow. Raises VoxtralError
     for an impossible delay, and for samples that are not finite floats in one dimension.
     """
-
     def __init__(
         self, model: Voxtral, tokenizer: Any, *,
         delay_ms: float | None = None, temperature: float = 0.0,
@@ -786,6 +703,7 @@ class Stream:
         if delay_ms is not None and (delay_ms % 80 or not 80 <= delay_ms <= 2400):
             raise VoxtralError(f"a delay of {delay_ms} ms is not a multiple of 80 from 80 to 2400")
         self.text, self.tokens, self.words = "", list[int](), list[Word]()
+        self.time = 0.0  # up to which time in the recording, in seconds, all words are written
         self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
         self._delay = audio.get_num_delay_tokens(delay_ms)
         self._right_pad = audio.n_right_pad_tokens(delay_ms)
@@ -797,7 +715,7 @@ class Stream:
             stride=self._frame,
             zeros=mel.window_size // 2 + audio.n_left_pad_tokens * self._frame,
         )
-        self._memory = AudioMemory(model)
+        self._memory = model.audio_memory()
         self._ffn_weights = decoder.ffn_weights(self._delay)
         self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
@@ -838,18 +756,13 @@ class Stream:
         self._ended = True
         return text
 
-    @property
-    def time(self) -> float:
-        """Up to which time in the recording, in seconds, all words are written."""
-        return self._audio_time(len(self.tokens))
-
     def _run(self, samples: np.ndarray) -> str:
         """The one path: samples to spectrogram, embeddings, tokens, text."""
-        before = len(self.text)
+        before, block = len(self.text), self._model.block * self._frame
         self._fed += len(samples)
-        block = self._model.block * self._frame
-        for piece in (samples[i : i + block] for i in range(0, len(samples), block)):
-            windows = self._samples(piece.astype(np.float32)[:, None])[:, 0]
+        for i in range(0, len(samples), block):
+            piece = samples[i : i + block].astype(np.float32)
+            windows = self._samples(piece[:, None])[:, 0]
             if len(windows):
                 mel = self._model.spectrogram.frames(windows)
                 self._decode(self._model.embed_audio(mel[None], self._memory))
@@ -885,11 +798,11 @@ class Stream:
         """Append a token that was generated, and its text."""
         k = len(self.tokens)
         # The end of sequence is a token like any other until the recording is over.
-        over = token == self._tokenizer.eos_id and k + self._delay >= self._end
-        self._ended = self._ended or over
+        self._ended |= token == self._tokenizer.eos_id and k + self._delay >= self._end
         if self._ended:
             return
         self.tokens.append(token)
+        self.time = self._audio_time(k + 1)
         if token == self._word_id:
             self._group = k
         else:  # special tokens have no bytes; the bytes of a character may come in several tokens
@@ -901,7 +814,7 @@ class Stream:
         """Append text to the group that is open, or to the last word."""
         text = text if self.text else text.lstrip()
         if text and (self._group is not None or not self.words):
-            end = self._audio_time(len(self.tokens) if self._group is None else self._group + 1)
+            end = self.time if self._group is None else self._audio_time(self._group + 1)
             start = max(self.words[-1].end if self.words else 0.0, end - LONGEST)
             self.words.append(Word("", round(start, 3), round(end, 3)))
             self._group = None
@@ -922,16 +835,13 @@ def columns(text: str) -> int:
 
 def wrap(text: str, width: int = 42) -> list[str]:
     """Break text into lines of so many columns: at spaces, and around wide characters."""
-    lines: list[str] = []
-    rest = text.strip()
-    while columns(rest) > width:
-        fits = max(n for n in range(1, width + 1) if columns(rest[:n]) <= width)
-        wide = [columns(rest[n - 1 : n + 1]) > 2 for n in range(fits + 1)]
-        punctuation = [unicodedata.category(c)[0] == "P" for c in rest]
-        breaks = [n for n in range(1, fits + 1) if rest[n] == " " or wide[n] and not punctuation[n]]
-        n = breaks[-1] if breaks else fits  # a word longer than a line is cut
-        lines, rest = [*lines, rest[:n].strip()], rest[n:].strip()
-    return [*lines, rest]
+    wide, lines = "\u2e80-\uffdc\U0001f000-\U0003ffff", [""]
+    # Pieces that stay whole: a wide character with the punctuation behind it, a narrow word.
+    for piece in re.findall(rf"\s*(?:[{wide}][^\w\s]{{,9}}|[^\s{wide}]{{1,{width}}})", text):
+        if lines[-1] and columns(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] = (lines[-1] + piece).lstrip()
+    return lines
 
 class Subtitles:
     """Words to cues of SubRip ("srt") or WebVTT ("vtt"), each as soon as it is complete.
@@ -939,40 +849,37 @@ class Subtitles:
     A cue ends at a pause of over 0.8 s, after a sentence, and before it would take more than 7 s or
     two lines of 42 columns.
     """
-
     def __init__(self, kind: str):
-        self.srt, self.count, self.used = kind == "srt", 0, 0
-        self.cue: list[Word] = []
+        self.srt, self.count, self.first = kind == "srt", 0, 0  # first word of the open cue
+        self.header = "" if self.srt else "WEBVTT\n\n"
 
     def update(self, words: list[Word], time: float = math.inf) -> str:
         """The cues that are complete, now that all words up to `time` seconds are known."""
-        out = ""
-        # The last word may still grow, until `time` leaves no room for another within a pause.
-        settled = bool(words) and time > words[-1].end + 0.8 + LONGEST
-        for word in words[self.used : len(words) if settled else -1]:
-            text = "".join(other.text for other in self.cue)
-            if self.cue and (
-                word.start - self.cue[-1].end > 0.8
-                or word.end - self.cue[0].start > 7
+        out, self.header, cue = self.header, "", list[Word]()
+        for word in words[self.first :]:
+            text = "".join(other.text for other in cue)
+            if cue and (
+                word.start - cue[-1].end > 0.8
+                or word.end - cue[0].start > 7
                 or re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
                 or len(wrap(text + word.text)) > 2
             ):
-                out += self.close()
-            self.cue.append(word)
-            self.used += 1
-        return out + self.close() if settled and self.cue else out
+                out, cue = out + self.close(cue), []
+            cue.append(word)
+        # Is there time for one more word that begins before the pause is too long?
+        return out + self.close(cue) if cue and time > cue[-1].end + 0.8 + LONGEST else out
 
-    def close(self) -> str:
-        lines = wrap("".join(word.text for word in self.cue))
-        start, end, out = self.cue[0].start, self.cue[-1].end, ""
+    def close(self, cue: list[Word]) -> str:
+        lines = wrap("".join(word.text for word in cue))
+        start, end, out = cue[0].start, cue[-1].end, ""
         step = (end - start) / -(-len(lines) // 2)  # one group alone may be too long for a cue
         for i in range(0, len(lines), 2):
             self.count += 1
-            head = f"{self.count}\n" if self.srt else "WEBVTT\n\n" if self.count == 1 else ""
+            head = f"{self.count}\n" if self.srt else ""
             times = f"{self.clock(start)} --> {self.clock(start + step)}"
             out += f"{head}{times}\n" + "\n".join(lines[i : i + 2]) + "\n\n"
             start += step
-        self.cue = []
+        self.first += len(cue)
         return out
 
     def clock(self, seconds: float) -> str:
@@ -985,11 +892,16 @@ class Subtitles:
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
-def read_stdin(blocks: queue.Queue) -> None:
-    """Standard input to blocks [n] of 16 kHz sound; the last is None, or what went wrong."""
+def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
+    """Standard input as it comes, up to 4 s at once; threads read on while the model works."""
     import soundfile  # type: ignore[import-untyped]
-
+    if sys.stdin.isatty():
+        raise VoxtralError("standard input is a terminal: pipe sound into it")
     head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()
+    known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
+    raw: dict = {} if known else {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE",
+                                  "samplerate": SAMPLE_RATE, "channels": 1}
+    blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
 
     def copy() -> None:  # libsndfile reads pipes, but must find there what was looked at already
         with contextlib.suppress(OSError), open(sink, "wb", buffering=0) as file:
@@ -997,24 +909,18 @@ def read_stdin(blocks: queue.Queue) -> None:
             while data := sys.stdin.buffer.read1():  # type: ignore[union-attr]
                 file.write(data)
 
-    threading.Thread(target=copy, daemon=True).start()
-    raw: dict = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
-    raw |= {"samplerate": SAMPLE_RATE, "channels": 1}
-    known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
-    try:
-        with soundfile.SoundFile(source, **({} if known else raw)) as sound:
-            for block in to_16k(sound, sound.samplerate // 25):
-                blocks.put(block)
-        blocks.put(None)
-    except Exception as error:  # whatever it is, the one who waits must learn it
-        blocks.put(VoxtralError(f"standard input: cut short, or not sound for a pipe ({error})"))
+    def read() -> None:
+        try:
+            with soundfile.SoundFile(source, **raw) as sound:
+                for block in to_16k(sound, sound.samplerate // 25):
+                    blocks.put(block)
+            blocks.put(None)
+        except Exception as error:  # noqa: BLE001  whatever it is, the one who waits must learn it
+            why = f"standard input: cut short, or not sound for a pipe ({error})"
+            blocks.put(VoxtralError(why))
 
-def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
-    """Standard input as it comes, up to 4 s at once; a thread reads on while the model works."""
-    if sys.stdin.isatty():
-        raise VoxtralError("standard input is a terminal: pipe sound into it")
-    blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
-    threading.Thread(target=read_stdin, args=(blocks,), daemon=True).start()
+    for work in (copy, read):
+        threading.Thread(target=work, daemon=True).start()
     began, done, last = time.monotonic(), 0, False
     while not last:
         pieces = [blocks.get()]
@@ -1035,28 +941,26 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
 def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace, out: Any) -> None:
     """Transcribe one file, or standard input, to `out`; progress goes to standard error."""
     stream = Stream(model, tokenizer, delay_ms=args.delay, temperature=args.temperature)
-    subtitles, total, pieces = Subtitles(args.format), "", None
+    subtitles, total, pieces = Subtitles(args.format), "", arriving_samples(args.quiet)
     if name != "-":
         samples, step = load_audio(name), 4 * SAMPLE_RATE  # text is to appear as it is decoded
         total = f" of {len(samples) / SAMPLE_RATE:.1f}"
         pieces = (samples[i : i + step] for i in range(0, len(samples), step))
     # Where text and progress would share the line of a terminal, the text is the progress.
     shared = args.format == "text" and out.isatty()
-    watched = sys.stderr.isatty() and not args.quiet and not shared
-    began, seconds, erase = time.perf_counter(), 0.0, "\r\x1b[K" * watched
+    erase = "\r\x1b[K" if sys.stderr.isatty() and not args.quiet and not shared else ""
+    began, seconds, speed = time.perf_counter(), 0.0, ""
     try:
-        for piece in itertools.chain(pieces or arriving_samples(args.quiet), [None]):
+        for piece in itertools.chain(pieces, [None]):
             text = stream.finish() if piece is None else stream.feed(piece)
-            seconds += 0 if piece is None else len(piece) / SAMPLE_RATE
-            times = seconds / (time.perf_counter() - began)
-            speed = f"{seconds:.1f}{total} s, {times:.1f} x real time"
             if args.format in ("srt", "vtt"):
                 text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
             print(erase, end="", file=sys.stderr, flush=True)
-            if args.format != "json":
-                print(text, end="", file=out, flush=True)
-            if watched and piece is not None:
-                print(speed, end="", file=sys.stderr, flush=True)
+            print("" if args.format == "json" else text, end="", file=out, flush=True)
+            seconds += 0 if piece is None else len(piece) / SAMPLE_RATE
+            times = seconds / (time.perf_counter() - began)
+            speed = f"{seconds:.1f}{total} s, {times:.1f} x real time"
+            print(speed if erase else "", end="", file=sys.stderr, flush=True)
     finally:  # what was printed ends with its line, even after Ctrl-C
         print(erase, end="", file=sys.stderr, flush=True)
         if args.format == "text" and seconds:
@@ -1065,9 +969,9 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
         raise VoxtralError("holds no samples")
     if args.format == "json":
         delay = args.delay or int(tokenizer.audio.transcription_delay_ms)
-        record: dict = {"file": name, "model": args.model, "delay_ms": delay, "duration": seconds}
-        record |= {"text": stream.text, "words": [asdict(word) for word in stream.words]}
-        record |= {"tokens": stream.tokens}
+        record = {"file": name, "model": args.model, "delay_ms": delay, "duration": seconds,
+                  "text": stream.text, "words": [asdict(word) for word in stream.words],
+                  "tokens": stream.tokens}
         print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
     if not args.quiet:
         note(f"{name}: {speed}")
@@ -1081,9 +985,9 @@ def run_files(args: argparse.Namespace) -> int:
         return 1
     began, device = time.perf_counter(), mx.default_device()
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
-    leaves: Any = tree_flatten(model.parameters())
-    size = sum(w.nbytes for _, w in leaves) / 1e9
     if not args.quiet:
+        leaves: Any = tree_flatten(model.parameters())
+        size = sum(w.nbytes for _, w in leaves) / 1e9
         note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}")
         if device == mx.cpu and size > 1:
             note("MLX has only the CPU here: expect this to be far slower than real time")
