@@ -71,12 +71,12 @@ def write_tekken(folder, vocab_size=1400, **audio):
 
 def their_names(model, layout):
     """The model's weights under another layout's names: the loader's work, done backwards."""
-    column = V.LAYOUTS.index(layout)
+    column = V.NAMES[0].index(layout)
     out = {}
     for name, w in tree_flatten(model.parameters()):
         module, _, kind = name.rpartition(".")
         decoder = name.startswith("language_model")
-        rows = {row[0]: row[column] for row in (V.NAMES if decoder else V.NAMES[::-1])}  # the last wins
+        rows = {row[0]: row[column] for row in (V.NAMES[1:] if decoder else V.NAMES[:0:-1])}  # the last wins
         if ".layers." in module:
             head, _, rest = module.partition(".layers.")
             index, _, inside = rest.partition(".")
@@ -303,7 +303,7 @@ def test_full_size_has_711_tensors_and_8859358720_bytes():
     leaves = tree_flatten(model.parameters())
     assert sum(2 * w.size for _, w in leaves) == 8_859_358_720
     names = their_names(model, "original")
-    table = {row[1]: row[0] for row in V.NAMES}
+    table = {row[1]: row[0] for row in V.NAMES[1:]}
     assert len(names) == 711 and {V.converted_name(n, table) for n in names} == {n for n, _ in leaves}
 
 

@@ -31,8 +31,7 @@ Voxtral Realtime differs in three ways, and each makes it a stream:
             the norms of the decoder.
 
 So a file is a stream that arrives at once, and there is one path through the code: `Stream.feed`
-any number of samples, then `Stream.finish`; `transcribe` is just these two. Leaf first: audio,
-attention, encoder and decoder, checkpoints, stream, subtitles, command line.
+any number of samples, then `Stream.finish`; `transcribe` is just these two.
 
 Letters in shapes: B batch (1 in a stream), F mel frames, T new positions, D dim, H heads, C
 channels. Sources: the Voxtral Realtime report (arXiv 2602.11298); delayed streams (Kyutai, arXiv
@@ -68,8 +67,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-# mistral-common, huggingface_hub, soundfile and soxr are slow to import: each is imported where it
-# is needed, so that `--help` and mistakes answer at once.
+# mistral-common, huggingface_hub, soundfile, soxr are slow to import: only where they are needed.
 
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
 SAMPLE_RATE = 16_000  # load_voxtral_model checks that the tokenizer says so too
@@ -83,8 +81,8 @@ class VoxtralError(Exception):
 def load_audio(path: str | Path) -> np.ndarray:
     """Read an audio file as float32 mono samples [n] at 16 kHz, nominally within -1..1.
 
-    Whatever libsndfile reads (wav, flac, ogg, mp3, aiff) at any rate; channels are averaged. Raises
-    OSError, and VoxtralError for what is not such a file, is cut short, empty or not finite.
+    Whatever libsndfile reads (wav, flac, ogg, mp3, aiff), any rate; channels are averaged. Raises
+    OSError, and VoxtralError for what is not such a file, cut short, empty or not finite.
     """
     import soundfile  # type: ignore[import-untyped]
     try:
@@ -92,8 +90,8 @@ def load_audio(path: str | Path) -> np.ndarray:
             samples = np.concatenate(list(to_16k(sound, 1 << 16)))
             missing, log = sound.frames - sound.tell(), sound.extra_info
     except soundfile.SoundFileError as error:
-        why = "damaged, or not audio that libsndfile reads; perhaps ffmpeg does"
-        raise VoxtralError(f"{path}: {why}: ffmpeg -i FILE -f wav - | voxtral.py -") from error
+        raise VoxtralError(f"{path}: damaged, or no audio that libsndfile reads; if ffmpeg does:"
+                           " ffmpeg -i FILE -f wav - | python voxtral.py -") from error
     # What is left of a file that was cut short is read without an error; only the log tells. A
     # size near 2 or 4 GiB is no promise: it was written to a pipe, before the size was known.
     sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
@@ -143,8 +141,7 @@ class Spectrogram:
 def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
     """Log-mel of a whole signal: 16 kHz samples [n] -> [n // 160, 128] float32.
 
-    Frame f is centred on sample 160 f, with silence around the signal; as in Whisper, the frame
-    centred on its end is dropped.
+    Frame f is centred on sample 160 f, with silence around; as in Whisper, the last is dropped.
     """
     padded = np.pad(np.asarray(samples, np.float32), spectrogram.window_size // 2)
     return spectrogram.frames(padded)[: len(samples) // spectrogram.hop_length]
@@ -197,12 +194,11 @@ def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> 
 class KVCache:
     """Rotated keys, and values, of the last `window` positions, oldest first; and their attention.
 
-    The buffer is appended to in place. A full one is replaced by one with as much room again, which
-    starts with the entries still in the window: nothing moves within a buffer, no step is special.
-    A position is an *index into the buffer*. Attention sees differences of positions only, so when
-    a new buffer begins, the kept keys are turned back to its origin. Counted from the start of the
-    stream, positions would reach 4.3 million in a day, and float32 angles be wrong by 0.25 rad; so
-    they stay below two windows, and each key is turned back at most once.
+    The buffer is appended to in place; a full one is replaced by one with as much room again, which
+    starts with the entries still in the window. A position is an *index into the buffer*: attention
+    sees differences of positions only, so the kept keys are turned back to the new origin. Counted
+    from the start of the stream, positions would reach 4.3 million in a day, and float32 angles be
+    wrong by 0.25 rad; they stay below two windows, and each key is turned back at most once.
     """
     def __init__(self, args: TransformerArgs):
         self.window, self.length = args.sliding_window, 0
@@ -227,11 +223,11 @@ class KVCache:
         start, self.length = self.length, self.length + T
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
-        keys, values, mask = self.keys, self.values, None
-        if T == 1:  # as it is: all it sees, and no more
-            keys, values = (x[:, :, first : self.length] for x in (keys, values))
-        else:  # the whole buffer: CUDA plans a kernel for each new shape, which takes it long
-            mask = window_mask(start, T, keys.shape[2], self.window, q.dtype)
+        # One row sees all that is kept. More rows go over the whole buffer with a mask: its shape
+        # stays the same, and CUDA takes long to plan a kernel for a new one.
+        seen = slice(first, self.length) if T == 1 else slice(None)
+        keys, values = self.keys[:, :, seen], self.values[:, :, seen]
+        mask = None if T == 1 else window_mask(start, T, keys.shape[2], self.window, q.dtype)
         q, scale = self.rope(q, offset=start), q.shape[3] ** -0.5
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
 
@@ -248,11 +244,11 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         B, T, _ = x.shape
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if T == 1:  # the common step; nothing to swap, and fewer nodes to submit to the GPU
-            q, k, v = (y.reshape(B, -1, 1, self.head_dim) for y in projected)
-        else:
-            q, k, v = (y.reshape(B, T, -1, self.head_dim).swapaxes(1, 2) for y in projected)
+        # One row needs no swap: [B, 1, H * head_dim] and [B, H, 1, head_dim] are the same numbers.
+        heads = (B, -1, 1, self.head_dim) if T == 1 else (B, T, -1, self.head_dim)
+        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if T > 1:
+            q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))  # [B, H, T, head_dim]
         out = cache(q, k, v)  # [B, n_heads, T, head_dim]
         return self.o_proj((out if T == 1 else out.swapaxes(1, 2)).reshape(B, T, -1))
 
@@ -285,8 +281,6 @@ class Block(nn.Module):
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
 
-AudioMemory = tuple[Carry, Carry, list[KVCache]]  # the encoder's, between two pieces of sound
-
 class Encoder(nn.Module):
     """Whisper's encoder made causal: two convolutions, then layers with a sliding window."""
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
@@ -296,7 +290,7 @@ class Encoder(nn.Module):
         self.layers = [Block(args, bias=True) for _ in range(args.n_layers)]
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
-    def __call__(self, mel: mx.array, memory: AudioMemory) -> mx.array:
+    def __call__(self, mel: mx.array, memory: tuple) -> mx.array:
         """The next log-mel frames [B, F, C], F even -> frames [B, F / 2, D]."""
         past1, past2, caches = memory
         x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
@@ -344,27 +338,26 @@ class Voxtral(nn.Module):
         whisper = config["multimodal"]["whisper_model_args"]
         audio = whisper["encoder_args"]
         self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
-        encoder = read_args(TransformerArgs, {"n_kv_heads": audio.get("n_heads"), **audio})
-        decoder = read_args(TransformerArgs, config)
-        factor = number(whisper["downsample_args"], "downsample_factor")
-        vocab_size, ada_dim = (number(config, f) for f in ("vocab_size", "ada_rms_norm_t_cond_dim"))
-        self.encoder_args, self.decoder_args = encoder, decoder
-        self.downsample_factor, self.vocab_size = factor, vocab_size
+        audio = {"n_kv_heads": audio.get("n_heads"), **audio}
+        self.encoder_args = encoder = read_args(TransformerArgs, audio)
+        self.decoder_args = decoder = read_args(TransformerArgs, config)
+        self.downsample_factor = factor = number(whisper["downsample_args"], "downsample_factor")
+        self.vocab_size = number(config, "vocab_size")
+        ada_dim = number(config, "ada_rms_norm_t_cond_dim")
         self.encoder = Encoder(encoder, self.spectrogram.num_mel_bins)
         self.adapter = nn.Module()  # encoder frames side by side -> the decoder's space
         self.adapter.w_in = nn.Linear(encoder.dim * factor, decoder.dim, bias=False)
         self.adapter.w_out = nn.Linear(decoder.dim, decoder.dim, bias=False)
-        self.language_model = Decoder(decoder, vocab_size, ada_dim)
-        # A long signal is encoded in blocks of two windows: rows enough to keep a GPU busy, while
-        # what they need stays small beside the weights. In audio embeddings:
+        self.language_model = Decoder(decoder, self.vocab_size, ada_dim)
+        # Audio embeddings made at once of a long signal: two windows are enough to busy a GPU.
         self.block = max(1, 2 * encoder.sliding_window // factor)
 
-    def audio_memory(self) -> AudioMemory:
+    def audio_memory(self) -> tuple[Carry, Carry, list[KVCache]]:
         """What a stream's encoder remembers between two pieces of sound; of nothing yet."""
         caches = [KVCache(self.encoder_args) for _ in self.encoder.layers]
         return Carry(kernel=3, stride=1, zeros=2), Carry(kernel=3, stride=2, zeros=1), caches
 
-    def embed_audio(self, mel: mx.array, memory: AudioMemory) -> mx.array:
+    def embed_audio(self, mel: mx.array, memory: tuple) -> mx.array:
         """The next log-mel frames [B, F, C], F a multiple of 8 -> embeddings [B, F / 8, D]."""
         x = self.encoder(mel, memory)
         x = x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2])  # groups of 4 frames
@@ -377,15 +370,13 @@ class Voxtral(nn.Module):
         pieces = (mel[None, i : min(i + step, end)] for i in range(0, end, step))
         return mx.concatenate([self.embed_audio(piece, memory) for piece in pieces], axis=1)[0]
 
-
 # ------------------------------------------------------------------------------------- checkpoints
-# The weights are published in four layouts: "converted" (by voxmlx), whose names the modules above
-# carry; "original" (params.json, consolidated.safetensors); mlx-audio's; transformers'. Of modules
-# that are called differently, the names in each; N is the index of a layer, and a name that starts
-# with a dot is inside a layer.
+# The weights are published in four layouts: "converted" (voxmlx's), whose names the modules above
+# have, and three that call modules differently: Mistral's original, mlx-audio's, transformers'. The
+# names in each; N is the index of a layer, and a name that starts with a dot is inside one.
 
-LAYOUTS = ("converted", "original", "mlx-audio", "transformers")
 NAMES = (
+    ("converted", "original", "mlx-audio", "transformers"),
     ("encoder.conv1", "whisper_encoder.conv_layers.0.conv",
      "encoder.conv_layers_0_conv.conv", "audio_tower.embedder.conv1"),
     ("encoder.conv2", "whisper_encoder.conv_layers.1.conv",
@@ -416,20 +407,17 @@ NAMES = (
     (".ada_norm.linear_in", ".ada_rms_norm_t_cond.0",
      ".ada_rms_norm_t_cond.ada_down", ".ada_rms_norm.linear1"),
     (".ada_norm.linear_out", ".ada_rms_norm_t_cond.2",
-     ".ada_rms_norm_t_cond.ada_up", ".ada_rms_norm.linear2"),
-)
+     ".ada_rms_norm_t_cond.ada_up", ".ada_rms_norm.linear2"))
 TRANSFORMERS_FIELDS = (  # in params.json, and in transformers' config.json
     ("dim", "hidden_size"), ("n_layers", "num_hidden_layers"), ("n_heads", "num_attention_heads"),
     ("n_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"), ("vocab_size", "vocab_size"),
     ("hidden_dim", "intermediate_size"), ("sliding_window", "sliding_window"),
-    ("norm_eps", "rms_norm_eps"),
-)
+    ("norm_eps", "rms_norm_eps"))
 
 def number(config: dict, name: str, kind: str = "int") -> Any:
     """A field of a configuration: a positive number, of a size that can be."""
     value, most = config[name], 1000 if name == "n_layers" else 1 << 24
-    right = type(value) is int or (type(value) is float and kind == "float")
-    if not right or not 0 < value <= most:
+    if type(value).__name__ not in ("int", kind) or not 0 < value <= most:
         raise ValueError(f"{name} is {value!r}")
     return value
 
@@ -438,7 +426,7 @@ def read_args(cls: Any, config: dict) -> Any:
     return cls(**{field.name: number(config, field.name, str(field.type)) for field in fields(cls)})
 
 def read_config(folder: Path) -> tuple[str, dict]:
-    """The layout of a folder, one of LAYOUTS, and its configuration in the form of params.json."""
+    """The layout of a folder, one of NAMES[0], and its configuration in the form of params.json."""
     params, path = folder / "params.json", folder / "config.json"
     config = json.loads(path.read_bytes()) if path.is_file() else {}
     if "multimodal" in config:
@@ -451,11 +439,9 @@ def read_config(folder: Path) -> tuple[str, dict]:
         factor, kept = audio["downsample_factor"], {"quantization": config.get("quantization")}
     elif config.get("model_type") == "voxtral_realtime":
         layout, factor = "transformers", config["downsample_factor"]
-        audio, text = (
-            {ours: part[theirs] for ours, theirs in TRANSFORMERS_FIELDS if theirs in part}
-            | {"rope_theta": part["rope_parameters"]["rope_theta"]}
-            for part in (config["audio_config"], config["text_config"])
-        )
+        audio, text = ({our: part[their] for our, their in TRANSFORMERS_FIELDS if their in part}
+                       | {"rope_theta": part["rope_parameters"]["rope_theta"]}
+                       for part in (config["audio_config"], config["text_config"]))
         audio["audio_encoding_args"] = asdict(Spectrogram())
         kept = {"ada_rms_norm_t_cond_dim": 32}  # a constant of that code
     else:
@@ -489,7 +475,7 @@ def converted_name(name: str, table: dict[str, str]) -> str:
 
 def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.array]:
     """All tensors of a checkpoint under their converted names; lazy, nothing is read yet."""
-    table = {names[LAYOUTS.index(layout)]: names[0] for names in NAMES}
+    table = {names[NAMES[0].index(layout)]: names[0] for names in NAMES[1:]}
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder, layout):
         tensors: Any = mx.load(str(path))
@@ -524,22 +510,21 @@ def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, 
         model.load_weights(typed)  # strict: nothing may be missing, in excess or misshapen
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = ", ".join(str(error).split(",\n")[:5])  # names five tensors of possibly hundreds
-        why = f"damaged, or not Voxtral Mini 4B Realtime ({type(error).__name__}: {why})"
-        raise VoxtralError(f"{folder}: {why}") from error
+        raise VoxtralError(f"{folder}: damaged, or not Voxtral Mini 4B Realtime"
+                           f" ({type(error).__name__}: {why})") from error
     return model, config
 
-def load_voxtral_model(
-    path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: str | mx.Dtype | None = None
-) -> tuple[Voxtral, Any, dict]:
+def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
+                       dtype: str | mx.Dtype | None = None) -> tuple[Voxtral, Any, dict]:
     """Load a checkpoint: a folder in any of the four layouts, or a hub id, which is downloaded.
 
-    `dtype` ("float32", "float16", "bfloat16" or an mx.Dtype) is the type to compute in; the default
-    is that of the weights. Returns the model, mistral-common's tokenizer, whose `audio` holds the
-    constants of the stream, and the configuration in the form of params.json.
-    Raises VoxtralError for what is missing, damaged or does not go together, and OSError.
+    `dtype` ("float32", "float16", "bfloat16" or an mx.Dtype) is the type to compute in; default:
+    the weights'. Returns the model, mistral-common's tokenizer, whose `audio` holds the constants
+    of the stream, and the configuration in the form of params.json. Raises OSError, and
+    VoxtralError for what is missing, damaged or does not go together.
     """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-    folder = find_folder(path_or_id)
+    folder = download_weights(str(path_or_id))
     model, config = prepare_model(folder, dtype)
     samples = model.spectrogram.hop_length * 2 * model.downsample_factor
     try:
@@ -551,8 +536,7 @@ def load_voxtral_model(
         why = f"missing, not this model's, or not for this mistral-common ({error!r})"[:300]
         raise VoxtralError(f"{folder / 'tekken.json'}: {why}") from error
     if mx.default_device() == mx.cpu:
-        # The same matrices with inputs outermost in memory: reference BLAS takes half the time. Not
-        # the embedding, whose rows are looked up.
+        # The same matrices with inputs outermost in memory: reference BLAS takes half the time.
         for _, module in model.named_modules():
             if type(module) is nn.Linear:
                 module.weight = mx.contiguous(module.weight.T).T
@@ -560,10 +544,7 @@ def load_voxtral_model(
     return model, tokenizer, config
 
 def choose_files(names: Iterable[str], config: dict) -> list[str]:
-    """Of a repository's files those to download: one set of weights and what describes it.
-
-    `config` is its config.json. (mistralai's repository holds the same 8.9 GB in two layouts.)
-    """
+    """Of a repository's files, one set of weights (mistralai's has two) and what goes with it."""
     files, original = set(names), {"params.json", "consolidated.safetensors", "tekken.json"}
     if original <= files and "multimodal" not in config:
         return sorted(original)
@@ -572,8 +553,10 @@ def choose_files(names: Iterable[str], config: dict) -> list[str]:
     return sorted(weights | {"config.json", "model.safetensors.index.json", "tekken.json"} & files)
 
 def download_weights(model_id: str) -> Path:
-    """The folder of a hub repository in the cache, after downloading what is needed of it."""
+    """A hub repository's folder in the cache, with what is needed downloaded; or a local folder."""
     from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    if (folder := Path(model_id).expanduser()).exists():
+        return folder
     try:
         names = [file.rfilename for file in HfApi().model_info(model_id).siblings or []]
         path = hf_hub_download(model_id, "config.json") if "config.json" in names else os.devnull
@@ -582,24 +565,18 @@ def download_weights(model_id: str) -> Path:
     except Exception as error:  # no such repository, no network, no space: dozens of classes
         with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
             return Path(snapshot_download(model_id, local_files_only=True))
-        why = "no such folder, and not to be had from the hub (a private one needs hf auth login)"
-        raise VoxtralError(f"{model_id}: {why}: {error}") from error
+        raise VoxtralError(f"{model_id}: no such folder, and not to be had from the hub"
+                           f" (if it is private: hf auth login): {error}") from error
 
-def find_folder(path_or_id: str | Path) -> Path:
-    """A checkpoint's folder: one that is there, or a hub repository's, downloaded."""
-    folder = Path(path_or_id).expanduser()
-    return folder if folder.exists() else download_weights(str(path_or_id))
-
-def convert(
-    path_or_id: str | Path, out_dir: str | Path, *,
-    bits: int | None = None, group_size: int = 64, dtype: str | mx.Dtype | None = None,
-) -> tuple[int, int]:
+def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = None,
+            group_size: int = 64, dtype: str | mx.Dtype | None = None) -> tuple[int, int]:
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
     Returns the size of the weights before and after, in bytes. Raises VoxtralError unless `out_dir`
     is new or empty. Whatever happens, nothing appears there before all of it is written.
     """
-    folder, out = find_folder(path_or_id), Path(out_dir).expanduser()
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+    folder, out = download_weights(str(path_or_id)), Path(out_dir).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
     model, config = prepare_model(folder, dtype)
@@ -614,30 +591,24 @@ def convert(
                     hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0)
     weights: Any = dict(tree_flatten(model.parameters()))
     del model  # so that each tensor can be read, written and forgotten
+    shards = split(weights, get_storage_size=lambda w: w.nbytes, max_shard_size="4GB",
+                   filename_pattern="model{suffix}.safetensors")
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, ignore_cleanup_errors=True) as scratch:
-        new = Path(scratch, "model")
-        write_checkpoint(new, weights, config)
+        (new := Path(scratch, "model")).mkdir()
+        for file, names in shards.filename_to_tensors.items():
+            part = {name: weights.pop(name) for name in names}
+            mx.save_safetensors(str(new / file), part, {"format": "mlx"})
+            del part  # room for the next
+            note(f"{file}: {(new / file).stat().st_size / 1e9:.2f} GB")
+        for file, content in (("config.json", config), ("model.safetensors.index.json", index)):
+            (new / file).write_text(json.dumps(content, indent=1, sort_keys=True))
         (new / "tekken.json").write_bytes((folder / "tekken.json").read_bytes())
         os.replace(new, out)
     files = weight_files(folder, read_config(folder)[0]), weight_files(out, "converted")
     before, after = (sum(path.stat().st_size for path in paths) for paths in files)
     return before, after
-
-def write_checkpoint(folder: Path, weights: dict[str, mx.array], config: dict) -> None:
-    """Write shards of under 5 GB, their index and config.json; `weights` is empty afterwards."""
-    from huggingface_hub import split_state_dict_into_shards_factory as split
-    shards = split(weights, get_storage_size=lambda w: w.nbytes, max_shard_size="4GB",
-                   filename_pattern="model{suffix}.safetensors")
-    folder.mkdir()
-    for file, names in shards.filename_to_tensors.items():
-        part = {name: weights.pop(name) for name in names}
-        mx.save_safetensors(str(folder / file), part, {"format": "mlx"})
-        del part  # room for the next
-        note(f"{file}: {(folder / file).stat().st_size / 1e9:.2f} GB")
-    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-    for file, content in (("config.json", config), ("model.safetensors.index.json", index)):
-        (folder / file).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 # ------------------------------------------------------------------------------------------ stream
 # The schedule. Each 80 ms of sound make one token, from the sum of the sound's embedding and that
@@ -650,7 +621,6 @@ def write_checkpoint(folder: Path, weights: dict[str, mx.array], config: dict) -
 #     sound    .    .    .   se  -ve   -e   -n    .    .    .    .    .   ni
 #     token              .    .    .    .    .    .   [W]  " se" "v" "en"  .
 #     k                  0    1    2    3    4    5    6    7    8    9   10
-#     text                                                  se   sev  seven
 #
 # [W] is [STREAMING_WORD]: a word is over, and the delay has passed; its text follows, a token per
 # frame. Opened at k, the word ended after (k + 1) * 80 ms: here 560 ms, the end of frame 6. A dot
@@ -677,10 +647,8 @@ class Transcript:
     tokens: list[int]
     words: list[Word]
 
-def transcribe(
-    model: Voxtral, tokenizer: Any, audio: np.ndarray, *,
-    delay_ms: float | None = None, temperature: float = 0.0,
-) -> Transcript:
+def transcribe(model: Voxtral, tokenizer: Any, audio: np.ndarray, *,
+               delay_ms: float | None = None, temperature: float = 0.0) -> Transcript:
     """Transcribe a recording: 16 kHz mono float samples [n]. See Stream for the rest."""
     stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature)
     stream.feed(audio)
@@ -695,10 +663,8 @@ class Stream:
     and `tokens` hold all there is so far; besides them, memory does not grow. Raises VoxtralError
     for an impossible delay, and for samples that are not finite floats in one dimension.
     """
-    def __init__(
-        self, model: Voxtral, tokenizer: Any, *,
-        delay_ms: float | None = None, temperature: float = 0.0,
-    ):
+    def __init__(self, model: Voxtral, tokenizer: Any, *,
+                 delay_ms: float | None = None, temperature: float = 0.0):
         audio, mel, decoder = tokenizer.audio, model.spectrogram, model.language_model
         if delay_ms is not None and (delay_ms % 80 or not 80 <= delay_ms <= 2400):
             raise VoxtralError(f"a delay of {delay_ms} ms is not a multiple of 80 from 80 to 2400")
@@ -710,11 +676,8 @@ class Stream:
         self._frame = audio.raw_audio_length_per_tok  # in samples: 1280, 80 ms
         # The eight spectrogram windows of one token, taken together, are a moving window again.
         # Before the signal: half a window, to centre the first on it, and the prompt's silence.
-        self._samples = Carry(
-            kernel=self._frame - mel.hop_length + mel.window_size,
-            stride=self._frame,
-            zeros=mel.window_size // 2 + audio.n_left_pad_tokens * self._frame,
-        )
+        zeros = mel.window_size // 2 + audio.n_left_pad_tokens * self._frame
+        self._samples = Carry(self._frame - mel.hop_length + mel.window_size, self._frame, zeros)
         self._memory = model.audio_memory()
         self._ffn_weights = decoder.ffn_weights(self._delay)
         self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]
@@ -761,8 +724,7 @@ class Stream:
         before, block = len(self.text), self._model.block * self._frame
         self._fed += len(samples)
         for i in range(0, len(samples), block):
-            piece = samples[i : i + block].astype(np.float32)
-            windows = self._samples(piece[:, None])[:, 0]
+            windows = self._samples(samples[i : i + block, None].astype(np.float32))[:, 0]
             if len(windows):
                 mel = self._model.spectrogram.frames(windows)
                 self._decode(self._model.embed_audio(mel[None], self._memory))
@@ -787,11 +749,9 @@ class Stream:
         decoder = self._model.language_model
         x = decoder(decoder.embed_tokens(self._token) + sound, self._ffn_weights, self._caches)
         logits = decoder.embed_tokens.as_linear(x[:, -1])  # [1, vocabulary], of the last row only
-        if self._temperature > 0:
-            token = mx.random.categorical(logits / self._temperature)[None]
-        else:
-            token = mx.argmax(logits, axis=-1)[None]
-        mx.async_eval(token)
+        t = self._temperature
+        token = mx.random.categorical(logits / t) if t > 0 else mx.argmax(logits, axis=-1)
+        mx.async_eval(token := token[None])
         return token
 
     def _take(self, token: int) -> None:
@@ -846,8 +806,7 @@ def wrap(text: str, width: int = 42) -> list[str]:
 class Subtitles:
     """Words to cues of SubRip ("srt") or WebVTT ("vtt"), each as soon as it is complete.
 
-    A cue ends at a pause of over 0.8 s, after a sentence, and before it would take more than 7 s or
-    two lines of 42 columns.
+    A cue ends at a pause over 0.8 s, after a sentence, and within 7 s and two lines of 42 columns.
     """
     def __init__(self, kind: str):
         self.srt, self.count, self.first = kind == "srt", 0, 0  # first word of the open cue
@@ -858,12 +817,9 @@ class Subtitles:
         out, self.header, cue = self.header, "", list[Word]()
         for word in words[self.first :]:
             text = "".join(other.text for other in cue)
-            if cue and (
-                word.start - cue[-1].end > 0.8
-                or word.end - cue[0].start > 7
-                or re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
-                or len(wrap(text + word.text)) > 2
-            ):
+            sentence = re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
+            if cue and (sentence or word.start - cue[-1].end > 0.8
+                        or word.end - cue[0].start > 7 or len(wrap(text + word.text)) > 2):
                 out, cue = out + self.close(cue), []
             cue.append(word)
         # Is there time for one more word that begins before the pause is too long?
@@ -898,9 +854,9 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
     if sys.stdin.isatty():
         raise VoxtralError("standard input is a terminal: pipe sound into it")
     head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()
+    raw: dict = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
+    raw |= {"samplerate": SAMPLE_RATE, "channels": 1}
     known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
-    raw: dict = {} if known else {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE",
-                                  "samplerate": SAMPLE_RATE, "channels": 1}
     blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
 
     def copy() -> None:  # libsndfile reads pipes, but must find there what was looked at already
@@ -911,13 +867,12 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
 
     def read() -> None:
         try:
-            with soundfile.SoundFile(source, **raw) as sound:
+            with soundfile.SoundFile(source, **({} if known else raw)) as sound:
                 for block in to_16k(sound, sound.samplerate // 25):
                     blocks.put(block)
             blocks.put(None)
         except Exception as error:  # noqa: BLE001  whatever it is, the one who waits must learn it
-            why = f"standard input: cut short, or not sound for a pipe ({error})"
-            blocks.put(VoxtralError(why))
+            blocks.put(VoxtralError(f"cut short, or not sound for a pipe ({error})"))
 
     for work in (copy, read):
         threading.Thread(target=work, daemon=True).start()
@@ -970,49 +925,41 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
     if args.format == "json":
         delay = args.delay or int(tokenizer.audio.transcription_delay_ms)
         record = {"file": name, "model": args.model, "delay_ms": delay, "duration": seconds,
-                  "text": stream.text, "words": [asdict(word) for word in stream.words],
-                  "tokens": stream.tokens}
+                  **asdict(Transcript(stream.text, stream.tokens, stream.words))}
         print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
     if not args.quiet:
         note(f"{name}: {speed}")
 
 def run_files(args: argparse.Namespace) -> int:
     """Transcribe all files; a bad one does not stop the others, but the exit code tells."""
-    absent = [name for name in args.audio if name != "-" and not Path(name).exists()]
-    failed = [complain(f"{name}: no such file") for name in absent]  # before gigabytes are loaded
-    files = [name for name in args.audio if name not in absent]
-    if not files:
+    files = [name for name in args.audio if name == "-" or Path(name).exists()]
+    failed = [complain(f"{name}: no such file") for name in args.audio if name not in files]
+    if not files:  # say so before gigabytes are loaded
         return 1
     began, device = time.perf_counter(), mx.default_device()
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
     if not args.quiet:
-        leaves: Any = tree_flatten(model.parameters())
-        size = sum(w.nbytes for _, w in leaves) / 1e9
-        note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}")
-        if device == mx.cpu and size > 1:
-            note("MLX has only the CPU here: expect this to be far slower than real time")
+        size = mx.get_active_memory() / 1e9
+        slow = " only: far slower than real time" if device == mx.cpu and size > 1 else ""
+        note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}{slow}")
     world = mx.distributed.init()  # under mlx.launch: each process takes every n-th file
     for name in files[world.rank() :: world.size()]:
         out = io.StringIO() if world.size() > 1 else sys.stdout
         try:
             run_file(name, model, tokenizer, args, out)
-        except VoxtralError as error:
-            failed.append(complain(str(error) if name in str(error) else f"{name}: {error}"))
-        except (PermissionError, IsADirectoryError) as error:
-            failed.append(complain(f"{name}: {error.strerror}"))
+        except (VoxtralError, PermissionError, IsADirectoryError) as error:
+            why = str(getattr(error, "strerror", error))
+            failed.append(complain(why if name in why else f"{name}: {why}"))
         if isinstance(out, io.StringIO):  # in one piece, between those of the others
             print(out.getvalue(), end="", flush=True)
     return int(bool(failed))
 
-def complain(message: str) -> int:
-    """Say in one line what is wrong, and return the exit code for it."""
+def complain(message: str) -> int:  # in one line; the result is the exit code for it
     note("voxtral.py: " + " ".join(message.split()))
     return 1
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="voxtral.py", description="Speech to text with Voxtral Mini 4B Realtime, in MLX."
-    )
+    parser = argparse.ArgumentParser("voxtral.py", description="Speech to text: Voxtral in MLX.")
     add = parser.add_argument
     add("audio", nargs="*", help="audio files (wav, flac, ogg, mp3, aiff), or - for standard input:"
         " a WAV stream or raw 16-bit little-endian mono 16 kHz samples, transcribed as it arrives")
