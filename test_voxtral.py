@@ -8,21 +8,32 @@ summation agree to about 1e-5 of the largest value; 1e-4 leaves room for a few l
 """
 
 import base64
+import contextlib
+import faulthandler
+import io
 import json
 import math
 import os
+import random
+import shutil
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 import voxtral as V
 
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # slow; no file for one line
 HERE = Path(__file__).parent
 DIGITS = HERE.parent / "shared" / "digits"
 needs_digits = pytest.mark.skipif(not DIGITS.is_dir(), reason="the digits checkpoint is not here")
@@ -52,7 +63,7 @@ def make_model(seed=0, **changes):
     return model
 
 
-def write_tekken(folder, vocab_size=1400, **audio):
+def write_tekken(folder, vocab_size=1400, version="v13", audio_is_there=True, **audio):
     """A tokenizer of mistral-common's format: 1,000 special ids, 256 bytes, and some made-up words."""
     words = [bytes([i]) for i in range(256)] + [b" word%d" % i for i in range(vocab_size - 1256)]
     vocab = [{"rank": i, "token_bytes": base64.b64encode(w).decode(), "token_str": None}
@@ -60,12 +71,12 @@ def write_tekken(folder, vocab_size=1400, **audio):
     named = {0: "<unk>", 1: "<s>", 2: "</s>", 32: "[STREAMING_PAD]", 33: "[STREAMING_WORD]"}
     special = [{"rank": i, "token_str": named.get(i, f"<SPECIAL_{i}>"), "is_control": True} for i in range(1000)]
     settings = {"pattern": r"\s+|\S+", "num_vocab_tokens": len(vocab), "default_vocab_size": vocab_size,
-                "default_num_special_tokens": 1000, "version": "v13"}
+                "default_num_special_tokens": 1000, "version": version}
     mel = {"num_mel_bins": 128, "hop_length": 160, "window_size": 400}
     audio = {"sampling_rate": 16000, "frame_rate": 12.5, "audio_encoding_config": mel, "chunk_length_s": None,
              "transcription_format": "streaming", "transcription_delay_ms": 480, "streaming_look_ahead_ms": 2.5,
              "streaming_look_back_ms": 52.5, "streaming_n_left_pad_tokens": 32, **audio}
-    text = {"config": settings, "vocab": vocab, "special_tokens": special, "audio": audio}
+    text = {"config": settings, "vocab": vocab, "special_tokens": special} | ({"audio": audio} if audio_is_there else {})
     Path(folder, "tekken.json").write_text(json.dumps(text))
 
 
@@ -293,12 +304,13 @@ def test_no_activation_leaves_the_type_of_the_weights():
 
 FULL = {"dim": 3072, "n_layers": 26, "head_dim": 128, "hidden_dim": 9216, "n_heads": 32, "n_kv_heads": 8,
         "rope_theta": 1e6, "sliding_window": 8192, "vocab_size": 131072}
+FULL_ENCODER = {"dim": 1280, "n_layers": 32, "head_dim": 64, "hidden_dim": 5120, "n_heads": 32, "n_kv_heads": 32,
+                "rope_theta": 1e6, "sliding_window": 750}
 
 
 def test_full_size_has_711_tensors_and_8859358720_bytes():
     full = config(**FULL)
-    full["multimodal"]["whisper_model_args"]["encoder_args"] |= {
-        "dim": 1280, "n_layers": 32, "head_dim": 64, "hidden_dim": 5120, "n_heads": 32, "n_kv_heads": 32}
+    full["multimodal"]["whisper_model_args"]["encoder_args"] |= FULL_ENCODER
     model = V.Voxtral(full)  # lazy: nothing is allocated
     leaves = tree_flatten(model.parameters())
     assert sum(2 * w.size for _, w in leaves) == 8_859_358_720
@@ -549,6 +561,328 @@ def test_command_line(checkpoint, tmp_path, noise):
         assert code == 1 and len(err.splitlines()) == 1 and "Traceback" not in err
 
 
+
+def call(*args):
+    """The command line in this process: exit code, standard output, lines of standard error."""
+    with contextlib.redirect_stdout(Output()) as out, contextlib.redirect_stderr(Output()) as err:
+        try:
+            code = V.main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.text(), err.text().splitlines()
+
+
+class Output(io.TextIOWrapper):
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
+
+    def text(self):
+        return self.buffer.getvalue().decode()
+
+
+def sound_file(folder, what, noise):
+    """A file with something special about it, and what the message about it must say ("" if it is good)."""
+    import soundfile
+
+    x, kind, _, option = noise[:8000], *what.partition(" ")
+    path = folder / f"x.{kind}"
+    if option == "text":
+        path.write_text("this is not sound")
+    elif option == "m4a":
+        path.write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom" + bytes(1000))
+    elif option == "name":
+        path = folder / "a b\n\N{STUDIO MICROPHONE}é.wav"
+        soundfile.write(path, x, 16000)
+    elif option == "folder":
+        path.mkdir()
+    elif option in ("nan", "inf"):
+        soundfile.write(path, np.append(x, np.float32(option)), 16000, subtype="FLOAT")
+    elif option == "one":
+        soundfile.write(path, x[:1], 16000)
+    elif option == "none":
+        soundfile.write(path, x[:0], 16000)
+    elif option == "channels":
+        soundfile.write(path, np.repeat(x[:, None], 6, 1), 16000)
+    elif option.endswith("Hz"):
+        soundfile.write(path, x, int(option[:-2]), subtype="PCM_16")
+    elif option in ("PCM_U8", "PCM_24", "PCM_32", "DOUBLE"):
+        soundfile.write(path, x, 16000, subtype=option)
+    else:  # cut
+        soundfile.write(path, noise, 16000)
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * float(option))])
+    return path
+
+
+SOUNDS = {  # what is special: what the one line must say
+    "wav text": "ffmpeg -i", "wav m4a": "ffmpeg -i", "m4a m4a": "ffmpeg -i", "wav folder": "directory",
+    "wav nan": "NaN", "wav inf": "infinite", "wav none": "no samples", "wav 1Hz": "sample rate", "wav 999Hz": "sample rate",
+    "wav 0.6": "cut short", "flac 0.6": "", "mp3 0.6": "cut short", "ogg 0.6": "cut short", "wav 0.001": "",
+    "flac 0.001": "", "mp3 0.001": "", "ogg 0.001": "",
+}
+
+
+@pytest.mark.parametrize("what", SOUNDS)
+def test_bad_sound_is_one_clear_line(checkpoint, tmp_path, noise, what):
+    path = sound_file(tmp_path, what, noise)
+    code, out, err = call("--model", checkpoint, "--quiet", "--format", "json", path)
+    assert code == 1 and out == "" and len(err) == 1
+    assert path.name in err[0] and SOUNDS[what] in err[0]
+
+
+@pytest.mark.parametrize("what", ["wav name", "wav one", "wav channels", "wav 1000Hz", "wav 8000Hz", "wav 44100Hz",
+                                  "wav 384000Hz", "wav PCM_U8", "wav PCM_24", "wav PCM_32", "wav DOUBLE"])
+def test_unusual_sound_is_transcribed(checkpoint, tmp_path, noise, what):
+    code, out, err = call("--model", checkpoint, "--quiet", "--format", "json", sound_file(tmp_path, what, noise))
+    assert code == 0 and err == [] and json.loads(out)["duration"] > 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file(checkpoint, tmp_path, noise):
+    path = sound_file(tmp_path, "wav one", noise)
+    path.chmod(0)
+    code, out, err = call("--model", checkpoint, "--quiet", path)
+    assert (code, out, len(err)) == (1, "", 1) and "ermission" in err[0]
+
+
+def strange_folder(folder, what, checkpoint):
+    """A model folder that cannot work, made from one that does."""
+    config = {"voxtral": {"model_type": "voxtral"}, "whisper": {"model_type": "whisper"}, "list": [1], "number": 3}
+    if what == "mixed":  # params.json of Mistral's layout, weights of transformers'
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        (folder / "consolidated.safetensors").unlink()
+        mx.save_safetensors(str(folder / "model.safetensors"), their_names(make_model(), "transformers"))
+    elif what in config:
+        (folder / "config.json").write_text(json.dumps(config[what]))
+        mx.save_safetensors(str(folder / "model.safetensors"), {"x": mx.zeros(3)})
+    elif what != "empty":
+        V.convert(checkpoint, folder, bits=4)
+        path = folder / "config.json"
+        text = json.loads(path.read_text())
+        if what == "outside":
+            shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
+            index = {"weight_map": {"a": "../other.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        elif what == "unquantised":
+            del text["quantization"]
+        elif what == "bits":
+            text["quantization"]["bits"] = 8
+        elif what == "group":
+            text["quantization"]["group_size"] = 48
+        elif what == "no audio":
+            write_tekken(folder, audio_is_there=False)
+        elif what == "old":
+            write_tekken(folder, version="v99")
+        path.write_text(json.dumps(text))
+    return folder
+
+
+STRANGE = {
+    "empty": "not a model folder", "mixed": "not a model folder", "voxtral": "a voxtral checkpoint; needed: Voxtral Mini 4B Realtime",
+    "whisper": "a whisper checkpoint", "list": "", "number": "", "outside": "../other.safetensors", "unquantised": "quantization",
+    "bits": "", "group": "", "no audio": "tekken.json", "old": "tekken.json",
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strange_checkpoints_are_one_clear_line(checkpoint, tmp_path, noise, what):
+    (tmp_path / "model").mkdir()
+    folder = strange_folder(tmp_path / "model", what, checkpoint)
+    code, out, err = call("--model", folder, "--quiet", sound_file(tmp_path, "wav one", noise))
+    assert code == 1 and out == "" and len(err) == 1 and str(folder) in err[0] and STRANGE[what] in err[0]
+
+
+def test_wrong_commands(checkpoint, tmp_path, noise):
+    good = sound_file(tmp_path, "wav one", noise)
+    for args in ([], ["-", "-"], ["--convert", "x", good], ["--format", "doc", good], ["--bits", "5", "--convert", "x"]):
+        code, out, err = call("--model", checkpoint, *args)
+        assert code == 2 and out == "" and "usage" in err[0]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for folder in ("full", "full/file"):
+        code, out, err = call("--model", checkpoint, "--convert", tmp_path / folder)
+        assert (code, out, len(err)) == (1, "", 1) and "not an empty folder" in err[0]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    code, out, err = call("--model", "nobody/nothing", "--quiet", good)  # no network here, or no such repository
+    assert (code, out, len(err)) == (1, "", 1) and "nobody/nothing" in err[0]
+
+
+def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(V.os, "replace", interrupted)
+    assert call("--model", checkpoint, "--convert", tmp_path / "out", "--bits", "4")[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_standard_output(checkpoint, tmp_path, noise):
+    import soundfile
+
+    soundfile.write(tmp_path / "x.wav", noise, 16000)
+    files = " ".join([str(tmp_path / "x.wav")] * 3)
+    command = f"{sys.executable} {HERE / 'voxtral.py'} --quiet --model {checkpoint} --format json {files} | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert len(done.stdout) == 1 and done.stderr == "voxtral.py: standard output was closed\n"
+
+
+def wav_bytes(pcm, size, channels=1, rate=16000, extra=b""):
+    """A WAV stream as programs write it to a pipe; sox and ffmpeg put large sizes of their own there."""
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * channels * 2, channels * 2, 16)
+    return (b"RIFF" + struct.pack("<I", size) + b"WAVEfmt " + struct.pack("<I", 16) + form + extra
+            + b"data" + struct.pack("<I", size) + pcm)
+
+
+def test_pipes(checkpoint, noise):
+    pcm = (noise[:16000] * 32767).astype("<i2").tobytes()
+    ffmpeg = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
+    streams = [pcm, pcm + b"x", wav_bytes(pcm, 0xFFFFFFFF, extra=ffmpeg), wav_bytes(pcm, 0x7FFFF000 + 36),
+               wav_bytes(pcm + b"x", 0xFFFFFFFF), wav_bytes(pcm, len(pcm))]
+    results = [run("--model", checkpoint, "--quiet", "--format", "json", "-", stdin=data) for data in streams]
+    assert all((code, err) == (0, "") for code, _, err in results)
+    records = [json.loads(out) for _, out, _ in results]
+    assert records[0]["duration"] == 1 and records == records[:1] * len(streams)
+    for data in (b"", b"x", wav_bytes(b"", 0xFFFFFFFF)[:30], wav_bytes(b"", 0xFFFFFFFF)):
+        code, out, err = run("--model", checkpoint, "--quiet", "--format", "json", "-", stdin=data)
+        assert code == 1 and out == "" and len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_killed_writer_loses_nothing_that_was_heard(checkpoint, noise):
+    pcm = (noise * 32767).astype("<i2").tobytes()
+    command = [sys.executable, HERE / "voxtral.py", "--quiet", "--model", checkpoint, "--format", "json", "-"]
+    whole = run(*command[2:], stdin=pcm)
+    program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer = "import sys, os, signal; sys.stdout.buffer.write(sys.stdin.buffer.read()); sys.stdout.flush(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", writer], input=wav_bytes(pcm, 0xFFFFFFFF), stdout=program.stdin, check=False)
+    out, err = program.communicate(timeout=120)
+    assert (program.returncode, err, json.loads(out)) == (0, b"", json.loads(whole[1]))
+
+
+def test_two_processes_share_the_files(checkpoint, tmp_path, noise):
+    import soundfile
+
+    names = [tmp_path / f"{i}.wav" for i in range(3)]
+    for i, name in enumerate(names):
+        soundfile.write(name, noise[i * 16000 : (i + 1) * 16000], 16000)
+    command = [HERE / "voxtral.py", "--quiet", "--model", checkpoint, "--format", "json", *names]
+    launch = [Path(sys.executable).parent / "mlx.launch", "-n", "2", "--backend", "ring", "--python", sys.executable]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=120, check=False)
+    one = run(*command[1:])[1].splitlines()
+    assert done.returncode == 0 and len(one) == 3
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("{")) == sorted(one)
+
+
+def mutate(rng, data, reach):
+    """A few bytes changed, left out or put in, within the first `reach`."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        i, what = rng.randrange(max(1, min(len(data), reach))), rng.random()
+        if what < 0.6:
+            data[i : i + 1] = bytes([rng.choice((rng.randrange(256), *b'0123456789-"'))])
+        elif what < 0.8:
+            del data[i : i + rng.randrange(1, 9)]
+        else:
+            data[i:i] = bytes(rng.choice(b'0123456789-"{}[],') for _ in range(rng.randrange(1, 6)))
+    return bytes(data)
+
+
+@pytest.mark.slow
+def test_damage_of_any_kind_ends_in_a_clear_error_or_in_success(tmp_path, noise):
+    """1,500 damaged checkpoints and as many recordings; a crash or a hang of 20 s ends the test."""
+    import soundfile
+
+    folder, rng, seen = write_original(tmp_path / "model", make_model()), random.Random(0), set()
+    for kind in ("wav", "flac", "ogg", "mp3"):
+        soundfile.write(tmp_path / f"a.{kind}", noise[:16000], 16000)
+    checkpoints = {path: path.read_bytes() for path in folder.iterdir()}
+    sounds = {path: path.read_bytes() for path in tmp_path.glob("a.*")}
+    for _ in range(1500):
+        faulthandler.dump_traceback_later(20, exit=True)
+        path, data = rng.choice(list(checkpoints.items()))
+        header = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(mutate(rng, data, header if path.suffix == ".safetensors" else len(data)))
+        sound, heard = rng.choice(list(sounds.items()))
+        sound.write_bytes(mutate(rng, heard, rng.choice((200, len(heard)))))
+        for attempt in (lambda: V.load_voxtral_model(folder), lambda: V.load_audio(sound)):
+            try:
+                attempt()
+                seen.add("success")
+            except V.VoxtralError as error:
+                assert str(error).strip()
+                seen.add("error")
+        path.write_bytes(data)
+    faulthandler.cancel_dump_traceback_later()
+    assert seen == {"success", "error"}
+
+
+@pytest.mark.slow
+def test_memory_and_work_do_not_grow(noise, tmp_path):
+    """A long stream: nothing but tokens, words and text is larger at its end than after ten windows."""
+    write_tekken(tmp_path)
+    model = make_model(n_layers=1)
+    model.encoder.layers = model.encoder.layers[:1]
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    stream = V.Stream(model, Tekkenizer.from_file(tmp_path / "tekken.json"))
+    active = []
+    for _ in range(40):  # 40 x 6 s; the decoder's window is 3.2 s, the encoder's 0.24 s
+        stream.feed(noise)
+        mx.eval([c.keys for c in stream._caches])
+        active.append(mx.get_active_memory())
+        caches = [*stream._caches, *stream._memory[2]]
+        assert all(cache.keys.shape[2] <= 3 * cache.window + 40 and cache.length < 1000 for cache in caches)
+    assert max(active[10:]) <= 1.05 * max(active[:10])
+    assert len(stream.tokens) == 40 * 75 - 7
+
+
+@needs_digits
+@pytest.mark.slow
+def test_digits_after_a_flush_have_their_times():
+    model, tokenizer, _ = V.load_voxtral_model(DIGITS / "original", "float32")
+    samples = V.load_audio(DIGITS / "clips/pause.flac")
+    truth = json.loads((DIGITS / "clips/pause.json").read_text())["words"]
+    pause = max(range(1, len(truth)), key=lambda i: truth[i]["start"] - truth[i - 1]["end"])
+    cut = int(8000 * (truth[pause]["start"] + truth[pause - 1]["end"]))
+    stream = V.Stream(model, tokenizer, delay_ms=480)
+    stream.feed(samples[:cut])
+    stream.flush()
+    assert len(stream.words) == pause  # all that was said is there
+    stream.feed(samples[cut:])
+    stream.finish()
+    assert [word.text.strip() for word in stream.words] == [word["word"] for word in truth]
+    ends, starts = (np.median([abs(getattr(word, side) - true[side]) for word, true in zip(stream.words, truth)])
+                    for side in ("end", "start"))
+    assert ends <= 0.08 and starts <= 0.15
+
+
+@needs_digits
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 6, 4])
+def test_digits_converted_equal_quantised_in_memory(tmp_path, bits):
+    V.convert(DIGITS / "original", tmp_path / "out", bits=bits)
+    samples = V.load_audio(DIGITS / "clips/short.wav")
+    model, tokenizer, _ = V.load_voxtral_model(tmp_path / "out", "float32")
+    tokens = V.transcribe(model, tokenizer, samples).tokens
+    model, _ = V.prepare_model(DIGITS / "original", None)
+    if bits:
+        nn.quantize(model, 64, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 64 == 0)
+    model.load_weights([(name, w if w.dtype == mx.uint32 else w.astype(mx.float32)) for name, w in tree_flatten(model.parameters())])
+    assert V.transcribe(model, tokenizer, samples).tokens == tokens
+
+
+@needs_digits
+@pytest.mark.parametrize("bits", [None, 6, 4])
+def test_voxmlx_loads_what_we_convert(tmp_path, bits):
+    pytest.importorskip("voxmlx")
+    from voxmlx.weights import load_model
+
+    V.convert(DIGITS / "original", tmp_path / "out", bits=bits)
+    theirs, _ = load_model(str(tmp_path / "out"))
+    ours, _, _ = V.load_voxtral_model(tmp_path / "out")
+    ours, theirs = (dict(tree_flatten(model.parameters())) for model in (ours, theirs))
+    assert ours.keys() == theirs.keys() and all(mx.array_equal(w, theirs[name]) for name, w in ours.items())
+
+
 # ----------------------------------------------------------- an independent implementation, and digits
 
 
@@ -676,6 +1010,243 @@ def times(clip, delay, got, truth):
         print(f"{clip} at {delay} ms: median error of ends {ends * 1000:.0f} ms, of starts {starts * 1000:.0f} ms")
 
 
+
+# ------------------------------------------------------------------------------------------- speed
+
+
+def timed(work, repeats=5):
+    """Seconds that `work` takes: the median of some runs after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(work())
+        mx.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+WIDE = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16  # a CPU is slow at bfloat16
+
+
+def random_weights(model, bits):
+    """Weights made in place, quantised like a converted checkpoint."""
+    mx.random.seed(0)
+    model.update(tree_map(lambda w: (mx.ones(w.shape) if w.ndim == 1 else mx.random.normal(w.shape) * 0.02)
+                          .astype(WIDE), model.parameters()))
+    if bits:
+        nn.quantize(model, 64, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 64 == 0)
+    mx.eval(model.parameters())
+    return model
+
+
+class Steps(V.Stream):
+    """The decode steps of a stream, without a tokenizer: after a prompt of so many positions."""
+
+    def __init__(self, model, positions):
+        self._model, self._temperature = model, 0.0
+        self._ffn_weights = model.language_model.ffn_weights(6)
+        self._caches = [V.KVCache(model.decoder_args) for _ in model.language_model.layers]
+        self._token = mx.full((1, positions), 32)
+
+    def run(self, sound):
+        """One step for each of the embeddings [1, n, D]; a token is read while the next is computed."""
+        last = None
+        for i in range(sound.shape[1]):
+            self._token = self._generate(sound[:, i : i + 1])
+            if last is not None:
+                last.item()
+            last = self._token
+        return last
+
+
+def work_of(cfg, seconds):
+    """Multiplications and additions in encoding so many seconds, and bytes of keys and values per position."""
+    encoder = cfg["multimodal"]["whisper_model_args"]["encoder_args"]
+    e = {**encoder, "q": encoder["n_heads"] * encoder["head_dim"]}
+    layer = 2 * (4 * e["dim"] * e["q"] + 3 * e["dim"] * e["hidden_dim"]) + 4 * e["sliding_window"] * e["q"]
+    convs = 2 * 3 * (2 * 128 * e["dim"] + e["dim"] ** 2)
+    adapter = 2 * (4 * e["dim"] * cfg["dim"] + cfg["dim"] ** 2) / 4
+    return seconds * 50 * (e["n_layers"] * layer + convs + adapter), 4 * cfg["n_layers"] * cfg["n_kv_heads"] * cfg["head_dim"]
+
+
+def bench_ours(cfg, bits, rates, full):
+    """Rows of the table for one kind of weights: name, measured, floor."""
+    bandwidth, flops = rates
+    mx.reset_peak_memory()
+    model = random_weights(V.Voxtral(cfg), bits)
+    decoder_bytes = sum(w.nbytes for _, w in tree_flatten(model.language_model.parameters()))
+    yield "weights, GB", sum(w.nbytes for _, w in tree_flatten(model.parameters())) / 1e9, None
+    mel = mx.random.normal((30_000, 128))
+    for seconds in (30, 60, 300) if full else (30, 60):
+        floor = 1e3 * work_of(cfg, seconds)[0] / flops
+        yield f"encode {seconds} s, ms", 1e3 * timed(lambda n=seconds: model.encode(mel[: n * 100]), 3), floor
+    sound = mx.random.normal((1, 8300, cfg["dim"])).astype(WIDE) * 0.02
+    mx.eval(sound, mel)
+    for length in (40, 1000, 8192) if full else (40, 1000):
+        steps = Steps(model, length)
+        steps._token = steps._generate(sound[:, :length])
+        steps.run(sound[:, :20]).item()
+        start, n = time.perf_counter(), 100
+        steps.run(sound[:, :n]).item()
+        floor = (decoder_bytes + min(length, cfg["sliding_window"]) * work_of(cfg, 1)[1]) / bandwidth
+        yield f"step after {length}, ms", 1e3 * (time.perf_counter() - start) / n, 1e3 * floor
+    steps, memory = Steps(model, 39), model.audio_memory()
+    steps._token = steps._generate(sound[:, :39])
+    mx.eval(model.embed_audio(mel[None, :312], memory), steps._token)
+    encode, feed = [], []
+    for i in range(320):  # 26 s: the encoder's window fills and its buffer is renewed
+        start = time.perf_counter()
+        new = model.embed_audio(mel[None, 312 + 8 * i : 320 + 8 * i], memory)
+        mx.eval(new)
+        encode.append(1e3 * (time.perf_counter() - start))
+        steps.run(new).item()
+        feed.append(1e3 * (time.perf_counter() - start))
+    for name, times in (("80 ms: encoder", encode), ("80 ms: all", feed)):
+        for quantile, what in ((0.5, "median"), (0.95, "95 %")):
+            yield f"{name}, {what}, ms", sorted(times)[int(quantile * (len(times) - 1))], None
+    yield "peak memory, GB", mx.get_peak_memory() / 1e9, None
+
+
+def bench_voxmlx(cfg, bits, rates, full):
+    """The same of voxmlx, as far as it has it: no window in its encoder, the prompt in its first step."""
+    from voxmlx.cache import RotatingKVCache
+    from voxmlx.model import VoxtralRealtime
+
+    model, n = random_weights(VoxtralRealtime(cfg), bits), 200
+    delay = model.time_embedding(mx.array([6.0]))
+    mel = mx.random.normal((128, 30_000))
+    for seconds in (30, 60, 300) if full else (30, 60):
+        yield f"encode {seconds} s, ms", 1e3 * timed(lambda s=seconds: model.encode(mel[:, : s * 100]), 3), None
+    sound = mx.random.normal((1000 + n, cfg["dim"])).astype(WIDE) * 0.02
+    for length in (40, 1000) if full else (40,):
+        caches = [RotatingKVCache(cfg["sliding_window"]) for _ in range(cfg["n_layers"])]
+        prompt = model.language_model.embed(mx.full((1, length), 32)) + sound[None, :length]
+        token = mx.argmax(model.decode(prompt, delay, "causal", caches)[0, -1:], axis=-1).squeeze()
+        mx.eval(token)
+        start = time.perf_counter()
+        for i in range(n):
+            x = (sound[length + i] + model.language_model.embed(token.reshape(1, 1))[0, 0])[None, None]
+            new = mx.argmax(model.decode(x, delay, mask=None, cache=caches)[0, -1:], axis=-1).squeeze()
+            mx.async_eval(new)
+            token.item()
+            token = new
+        token.item()
+        yield f"step after {length}, ms", 1e3 * (time.perf_counter() - start) / n, None
+
+
+def bench(full):
+    """A table of times beside their floors; `full`: the real model's sizes, else those of the tests."""
+    cfg = config(**FULL) if full else config()
+    if full:
+        cfg["multimodal"]["whisper_model_args"]["encoder_args"] |= FULL_ENCODER
+    x = mx.random.normal((1 << (29 if full else 24),)).astype(mx.bfloat16)
+    y = mx.random.normal((8192, 8192) if full else (512, 512)).astype(WIDE)
+    mx.eval(x, y)
+    rates = 2 * x.nbytes / timed(lambda: x + 1), 2 * y.shape[0] ** 3 / timed(lambda: y @ y)
+    del x, y
+    mx.clear_cache()
+    print(f"MLX {mx.__version__} on {mx.device_info().get('device_name', mx.default_device())}; measured here: "
+          f"copy {rates[0] / 1e9:,.0f} GB/s, products {rates[1] / 1e12:,.3f} T/s, which give the floors")
+    columns, table = {}, {}
+    for who, measure in (("", bench_ours), ("voxmlx ", bench_voxmlx)):
+        for bits in (None, 8, 6, 4):
+            name = who + (f"{bits}-bit" if bits else "float32" if WIDE == mx.float32 else "bf16")
+            try:
+                for row, value, floor in measure(cfg, bits, rates, full):
+                    table.setdefault(row, {})[name] = f"{value:.2f}" + (f" ({floor:.2f})" if floor else "")
+                    columns[name] = True
+            except ImportError:
+                break
+            mx.clear_cache()
+    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for row, values in table.items():
+        print(f"| {row} | " + " | ".join(values.get(name, "") for name in columns) + " |")
+    print("(in brackets the floor: bytes over bandwidth, or operations over the rate of a product)")
+    if DIGITS.is_dir():
+        bench_digits()
+
+
+def bench_digits():
+    """Wall times on the checkpoint of the digits: loading, a file from end to end, the command."""
+    start = time.perf_counter()
+    model, tokenizer, _ = V.load_voxtral_model(DIGITS / "original", "float32")
+    print(f"digits, float32: load {time.perf_counter() - start:.2f} s", end="")
+    samples = V.load_audio(DIGITS / "clips/long.wav")
+    print(f", long.wav {timed(lambda: V.transcribe(model, tokenizer, samples).tokens and [], 3):.2f} s", end="")
+    for name, args in (("--help", ["--help"]), ("short.wav", ["--quiet", "--model", DIGITS / "original", DIGITS / "clips/short.wav"])):
+        print(f", {name} from a shell {timed(lambda a=args: run(*a) and [], 3):.2f} s", end="")
+    print()
+    for name, peer in (("voxmlx", digits_voxmlx), ("mlx-audio", digits_mlx_audio)):
+        try:
+            print(f"{name}, the same file: {timed(peer(), 1):.2f} s")
+        except ImportError:
+            print(f"{name} is not installed")
+
+
+def digits_voxmlx():
+    import voxmlx
+    from voxmlx.generate import generate
+
+    model, tokenizer, _ = voxmlx.load_model(str(DIGITS / "voxmlx-bf16-sharded"))
+    model.update(tree_map(lambda w: w.astype(mx.float32), model.parameters()))
+    prompt, delay = voxmlx._build_prompt_tokens(tokenizer)
+    options = {"n_delay_tokens": delay, "eos_token_id": tokenizer.eos_id}
+    return lambda: generate(model, str(DIGITS / "clips/long.wav"), prompt, **options) and []
+
+
+def digits_mlx_audio():
+    from mlx_audio.stt.models.voxtral_realtime import Model, ModelConfig
+
+    model = Model(ModelConfig.from_dict(json.loads((DIGITS / "mlxaudio-4bit/config.json").read_text())))
+    weights = model.sanitize(mx.load(str(DIGITS / "original/consolidated.safetensors")))
+    model.load_weights([(name, w.astype(mx.float32)) for name, w in weights.items()], strict=False)
+    Model.post_load_hook(model, DIGITS / "mlxaudio-4bit")
+    return lambda: model.generate(str(DIGITS / "clips/long.wav")) and []
+
+
+# ------------------------------------------------------------------------- long and live, by the clock
+
+
+def hours(n=3.0):
+    """Memory and speed of a stream of so many hours, with the small random model."""
+    model = make_model()
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer, _ = V.load_voxtral_model(write_original(Path(folder), model))
+    stream, sound = V.Stream(model, tokenizer), np.random.RandomState(0).randn(60 * 16000).astype(np.float32) * 0.1
+    for minute in range(1, round(n * 60) + 1):
+        start = time.perf_counter()
+        stream.feed(sound)
+        if minute in (1, 2, 5, 10) or minute % 30 == 0:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            print(f"{minute} minutes: {resident / 1e6:.1f} MB resident, {mx.get_active_memory() / 1e6:.2f} MB of MLX's, "
+                  f"a minute takes {time.perf_counter() - start:.1f} s, {len(stream.tokens)} tokens", flush=True)
+
+
+def live(clip="medium"):
+    """A clip of the digits through a pipe as fast as it was spoken: how long after its end each word is there."""
+    truth = json.loads((DIGITS / f"clips/{clip}.json").read_text())["words"]
+    pcm = (V.load_audio(DIGITS / f"clips/{clip}.wav") * 32767).astype("<i2").tobytes()
+    command = [sys.executable, HERE / "voxtral.py", "--quiet", "--model", DIGITS / "original", "--dtype", "float32", "-"]
+    program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(5)  # until the model is there
+    text, seen, start = b"", [], time.monotonic()
+
+    def speak():
+        for i in range(0, len(pcm), 2560):
+            time.sleep(max(0, start + (i + 2560) / 32000 - time.monotonic()))
+            program.stdin.write(pcm[i : i + 2560])
+            program.stdin.flush()
+        program.stdin.close()
+
+    threading.Thread(target=speak).start()
+    while piece := program.stdout.read1():
+        text += piece
+        seen.append((time.monotonic() - start, text.decode(errors="ignore").split()))
+    late = [next(at for at, words in seen if words[i : i + 1] == [true["word"]]) - true["end"] for i, true in enumerate(truth)]
+    print(f"{len(late)} words, each there {min(late):.2f} to {max(late):.2f} s after its end, median {np.median(late):.2f} s")
+
+
 # Recorded by `python test_voxtral.py golden` from transformers 5.23.0 with torch 2.13.0.
 GOLDEN: dict = {
     "encoder": [
@@ -723,13 +1294,10 @@ GOLDEN: dict = {
     ],
 }
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["golden"]:
-        import tempfile
+COMMANDS = {"golden": lambda: print(json.dumps(digest(theirs(Path(tempfile.mkdtemp()))))), "digits": main_job,
+            "bench": lambda *what: bench("full" in what), "hours": lambda n=3: hours(float(n)), "live": live}
 
-        with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(digest(theirs(Path(scratch)))))
-    elif sys.argv[1:] == ["digits"]:
-        sys.exit(bool(main_job()))
-    else:
-        sys.exit("usage: python test_voxtral.py golden | digits")
+if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        sys.exit(bool(COMMANDS[sys.argv[1]](*sys.argv[2:])))
+    sys.exit("usage: python test_voxtral.py " + " | ".join(COMMANDS))

@@ -904,7 +904,7 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
     # Where text and progress would share the line of a terminal, the text is the progress.
     shared = args.format == "text" and out.isatty()
     erase = "\r\x1b[K" if sys.stderr.isatty() and not args.quiet and not shared else ""
-    began, seconds, speed = time.perf_counter(), 0.0, ""
+    began, heard, seconds, speed = time.perf_counter(), 0, 0.0, ""
     try:
         for piece in itertools.chain(pieces, [None]):
             text = stream.finish() if piece is None else stream.feed(piece)
@@ -912,7 +912,8 @@ def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace
                 text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
             print(erase, end="", file=sys.stderr, flush=True)
             print("" if args.format == "json" else text, end="", file=out, flush=True)
-            seconds += 0 if piece is None else len(piece) / SAMPLE_RATE
+            heard += 0 if piece is None else len(piece)
+            seconds = heard / SAMPLE_RATE
             times = seconds / (time.perf_counter() - began)
             speed = f"{seconds:.1f}{total} s, {times:.1f} x real time"
             print(speed if erase else "", end="", file=sys.stderr, flush=True)
