@@ -788,7 +788,7 @@ def mutate(rng, data, reach):
 
 @pytest.mark.slow
 def test_damage_of_any_kind_ends_in_a_clear_error_or_in_success(tmp_path, noise):
-    """1,500 damaged checkpoints and as many recordings; a crash or a hang of 20 s ends the test."""
+    """5,000 damaged checkpoints and as many recordings; a crash or a hang of 20 s ends the test."""
     import soundfile
 
     folder, rng, seen = write_original(tmp_path / "model", make_model()), random.Random(0), set()
@@ -796,7 +796,7 @@ def test_damage_of_any_kind_ends_in_a_clear_error_or_in_success(tmp_path, noise)
         soundfile.write(tmp_path / f"a.{kind}", noise[:16000], 16000)
     checkpoints = {path: path.read_bytes() for path in folder.iterdir()}
     sounds = {path: path.read_bytes() for path in tmp_path.glob("a.*")}
-    for _ in range(1500):
+    for _ in range(5000):
         faulthandler.dump_traceback_later(20, exit=True)
         path, data = rng.choice(list(checkpoints.items()))
         header = 8 + int.from_bytes(data[:8], "little")

@@ -25,10 +25,9 @@ Voxtral Realtime differs in three ways, and each makes it a stream:
             the last text token *plus* that of 80 ms of sound, and it writes exactly one token:
             mostly [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], which announces a word,
             whose tokens follow, one per frame.
-  delayed   The text runs some frames behind the sound, as nobody can write a word before hearing
-            it: a longer delay hears more, errs less and answers later. One set of weights serves
-            delays from 80 ms to 2.4 s; a small network turns the one it works at into a scale on
-            the norms of the decoder.
+  delayed   The text runs some frames behind the sound: a longer delay hears more, errs less and
+            answers later. One set of weights serves delays from 80 ms to 2.4 s; a small network
+            turns the one it works at into a scale on the norms of the decoder.
 
 So a file is a stream that arrives at once, and there is one path through the code: `Stream.feed`
 any number of samples, then `Stream.finish`; `transcribe` is just these two.
@@ -208,7 +207,10 @@ class KVCache:
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """T new positions [B, H, T, head_dim], not rotated yet -> what they see, shaped like q."""
-        T, kept = k.shape[2], min(self.length, self.window - 1)
+        T, kept, w = k.shape[2], min(self.length, self.window - 1), self.window
+        if T > w:  # window by window: so a query meets two of them at most, however many come
+            pieces = (slice(i, i + w) for i in range(0, T, w))
+            return mx.concatenate([self(*(x[:, :, i] for x in (q, k, v))) for i in pieces], axis=2)
         first = self.length - kept
         if self.length + T > self.keys.shape[2]:
             old_k = old_v = k[:, :, :0]
@@ -349,8 +351,8 @@ class Voxtral(nn.Module):
         self.adapter.w_in = nn.Linear(encoder.dim * factor, decoder.dim, bias=False)
         self.adapter.w_out = nn.Linear(decoder.dim, decoder.dim, bias=False)
         self.language_model = Decoder(decoder, self.vocab_size, ada_dim)
-        # Audio embeddings made at once of a long signal: two windows are enough to busy a GPU.
-        self.block = max(1, 2 * encoder.sliding_window // factor)
+        # Audio embeddings made at once of a long signal: four windows keep a GPU busy.
+        self.block = max(1, 4 * encoder.sliding_window // factor)
 
     def audio_memory(self) -> tuple[Carry, Carry, list[KVCache]]:
         """What a stream's encoder remembers between two pieces of sound; of nothing yet."""
@@ -858,13 +860,11 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
     raw |= {"samplerate": SAMPLE_RATE, "channels": 1}
     known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
     blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
-
     def copy() -> None:  # libsndfile reads pipes, but must find there what was looked at already
         with contextlib.suppress(OSError), open(sink, "wb", buffering=0) as file:
             file.write(head)
             while data := sys.stdin.buffer.read1():  # type: ignore[union-attr]
                 file.write(data)
-
     def read() -> None:
         try:
             with soundfile.SoundFile(source, **({} if known else raw)) as sound:
