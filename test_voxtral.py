@@ -7,6 +7,7 @@ Tolerances: float32 has 24 bits, sums of a few hundred terms lose 5 or 6 of them
 summation agree to about 1e-5 of the largest value; 1e-4 leaves room for a few layers.
 """
 
+import ast
 import base64
 import contextlib
 import faulthandler
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -23,12 +25,14 @@ import tempfile
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx import nn
+from mlx import optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 import voxtral as V
@@ -63,9 +67,9 @@ def make_model(seed=0, **changes):
     return model
 
 
-def write_tekken(folder, vocab_size=1400, version="v13", audio_is_there=True, **audio):
+def write_tekken(folder, vocab_size=1400, version="v13", audio_is_there=True, words=None, **audio):
     """A tokenizer of mistral-common's format: 1,000 special ids, 256 bytes, and some made-up words."""
-    words = [bytes([i]) for i in range(256)] + [b" word%d" % i for i in range(vocab_size - 1256)]
+    words = [bytes([i]) for i in range(256)] + (words or [b" word%d" % i for i in range(vocab_size - 1256)])
     vocab = [{"rank": i, "token_bytes": base64.b64encode(w).decode(), "token_str": None}
              for i, w in enumerate(words)]
     named = {0: "<unk>", 1: "<s>", 2: "</s>", 32: "[STREAMING_PAD]", 33: "[STREAMING_WORD]"}
@@ -527,7 +531,8 @@ def test_subtitles_are_readable():
 
 
 def run(*args, stdin=b"", **kwargs):
-    done = subprocess.run([sys.executable, HERE / "voxtral.py", *map(str, args)], input=stdin, capture_output=True, timeout=120, **kwargs)
+    done = subprocess.run([sys.executable, HERE / "voxtral.py", *map(str, args)], input=stdin,
+                          capture_output=True, timeout=120, check=False, **kwargs)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -803,7 +808,7 @@ def test_damage_of_any_kind_ends_in_a_clear_error_or_in_success(tmp_path, noise)
         path.write_bytes(mutate(rng, data, header if path.suffix == ".safetensors" else len(data)))
         sound, heard = rng.choice(list(sounds.items()))
         sound.write_bytes(mutate(rng, heard, rng.choice((200, len(heard)))))
-        for attempt in (lambda: V.load_voxtral_model(folder), lambda: V.load_audio(sound)):
+        for attempt in (partial(V.load_voxtral_model, folder), partial(V.load_audio, sound)):
             try:
                 attempt()
                 seen.add("success")
@@ -881,6 +886,220 @@ def test_voxmlx_loads_what_we_convert(tmp_path, bits):
     ours, _, _ = V.load_voxtral_model(tmp_path / "out")
     ours, theirs = (dict(tree_flatten(model.parameters())) for model in (ours, theirs))
     assert ours.keys() == theirs.keys() and all(mx.array_equal(w, theirs[name]) for name, w in ours.items())
+
+
+
+# ----------------------------------------------------------------------------- learning to transcribe
+# How does such a model learn? From recordings in which it is known when each word ends. The target is
+# a stream of tokens, one per 80 ms: where a word ends in frame k, target k is [STREAMING_WORD], and
+# the word's tokens follow; everywhere else it is [STREAMING_PAD]. The delay enters twice. A prompt of
+# BOS and [STREAMING_PAD], as long as the left padding and the delay, shifts the target behind the
+# sound: at the position that has heard frame k + delay the model is to write token k. And the norms
+# of the decoder are told the delay, since by nothing else could it know which frame is due.
+#
+# Here the "words" are the keys of a telephone: two tones each, of random length, loudness and pause,
+# in some noise. The model has about 100,000 parameters and starts from random numbers.
+
+KEYS = "1234567890"
+LEFT, FRAMES, DELAYS = 2, 20, (1, 2)  # left padding, length of a training clip, delays: in tokens
+PAD, WORD, KEY = 32, 33, 1256  # token ids; KEY + 3 is " 3"
+USED = [1, PAD, WORD, *range(KEY, KEY + 10)]  # 1 is BOS
+LEARNER = {"dim": 48, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "rope_theta": 100.0, "sliding_window": 16,
+           "vocab_size": 1266, "ada_rms_norm_t_cond_dim": 8}
+LEARNER_ENCODER = {"dim": 48, "n_layers": 1, "hidden_dim": 96, "rope_theta": 100.0, "sliding_window": 16}
+
+
+def learner():
+    """The model that is to learn, with 2 decoder layers: the delay enters after the first one's attention."""
+    cfg = config(**LEARNER)
+    encoder = cfg["multimodal"]["whisper_model_args"]["encoder_args"]
+    encoder |= {**LEARNER_ENCODER, "audio_encoding_args": {**encoder["audio_encoding_args"], "num_mel_bins": 64}}
+    model, rng, weights = V.Voxtral(cfg), np.random.RandomState(0), []
+    for name, w in tree_flatten(model.parameters()):
+        value = rng.randn(*w.shape) * (1.4 if "conv" in name else 1) / math.sqrt(math.prod(w.shape[1:]))
+        if w.ndim == 1:
+            value = np.full(w.shape, float("norm" in name))
+        elif "embed" in name:  # ids that never occur stay at zero: a logit of 0 each
+            value = rng.randn(*w.shape) * 0.1 * np.isin(np.arange(len(w)), USED)[:, None]
+        weights.append((name, mx.array(value.astype(np.float32))))
+    model.load_weights(weights)
+    return model, cfg
+
+
+def telephone(rng, seconds):
+    """Somebody presses keys: samples, and (key, when it ends in seconds) of each."""
+    x = rng.randn(int(seconds * 16000)) * 10 ** rng.uniform(-3.5, -2)
+    keys, at = [], rng.uniform(0.05, 0.4)
+    while (end := at + rng.uniform(0.08, 0.2)) < seconds - 0.02:
+        key = rng.randint(10)
+        row, column = divmod(KEYS.index(str(key)), 3) if key else (3, 1)
+        now = np.arange(int(at * 16000), int(end * 16000))
+        tones = (697, 770, 852, 941)[row], (1209, 1336, 1477)[column]
+        x[now] += 10 ** rng.uniform(-1.3, -0.5) * sum(np.sin(2 * np.pi * f * now / 16000) for f in tones)
+        keys.append((str(key), end))
+        at = end + rng.uniform(0.1, 0.4)
+    return x.astype(np.float32), keys
+
+
+def training_clip(rng, mel):
+    """Log-mel, the target stream, and for each frame of sound the key that ends in it; both index USED."""
+    quiet = rng.randint(7) * 0.08  # the end of a recording is silence, which is to mean nothing
+    x, keys = telephone(rng, FRAMES * 0.08 - quiet)
+    x = np.pad(x, (LEFT * 1280, (FRAMES + max(DELAYS)) * 1280 - len(x)))
+    stream, ends = [PAD] * (FRAMES + 1), [PAD] * (LEFT + FRAMES + max(DELAYS))
+    for key, end in keys:
+        k = int(end / 0.08)  # the frame that it ends in
+        stream[k : k + 2] = WORD, KEY + int(key)
+        ends[LEFT + k] = KEY + int(key)
+    return V.log_mel_spectrogram(x, mel), [USED.index(t) for t in stream[:FRAMES]], [USED.index(t) for t in ends]
+
+
+def loss(model, mel, streams, ends):
+    """How unlikely the model finds the target streams [B, FRAMES], a part of the batch at each delay."""
+    decoder, used = model.language_model, mx.array(USED)
+    sound = model.embed_audio(mel, model.audio_memory())  # [B, LEFT + FRAMES + longest delay, D]
+
+    def surprise(x, targets):
+        logits = x @ decoder.embed_tokens.weight[used].T
+        others = mx.full((*x.shape[:-1], 1), math.log(1266 - len(USED)))  # all ids with a logit of 0
+        return nn.losses.cross_entropy(mx.concatenate([logits, others], -1), targets, reduction="mean")
+
+    # It learns much faster when the sound alone, too, has to tell which key ends in it.
+    total, n = surprise(sound, ends), len(mel) // len(DELAYS)
+    for i, delay in enumerate(DELAYS):
+        part, heard = slice(i * n, (i + 1) * n), LEFT + delay
+        prompt = mx.array([[USED.index(1)] + [USED.index(PAD)] * heard] * n)
+        ids = used[mx.concatenate([prompt, streams[part, :-1]], axis=1)]
+        x = decoder.embed_tokens(ids) + sound[part, : heard + FRAMES]
+        caches = [V.KVCache(model.decoder_args) for _ in decoder.layers]
+        x = decoder(x, decoder.ffn_weights(delay), caches)
+        total = total + surprise(x[:, heard:], streams[part]) / len(DELAYS)
+    return total
+
+
+def learn(folder, steps=320, report=lambda *_: None):
+    """Train the learner and save it in Mistral's layout; `report` sees step, loss and model at times."""
+    model, cfg = learner()
+    rng, batch = np.random.RandomState(1), 16
+    clips = [training_clip(rng, model.spectrogram) for _ in range(1200)]
+    mels, streams, ends = (mx.array(np.stack([np.array(x) for x in column])) for column in zip(*clips))
+
+    def rate(top):  # eight steps to warm up, then down to nothing
+        return optim.join_schedules([optim.linear_schedule(0, top, 8), optim.cosine_decay(top, steps - 8)], [8])
+
+    # Muon for matrices, AdamW for what is none: on the embeddings, norms and convolutions.
+    optimizer = optim.MultiOptimizer([optim.Muon(rate(0.04), weight_decay=0), optim.AdamW(rate(8e-3), weight_decay=0)],
+                                     [lambda name, w: w.ndim == 2 and "embed" not in name])
+    gradient = nn.value_and_grad(model, loss)
+    for step in range(steps):
+        pick = mx.array(rng.randint(len(clips), size=batch))
+        value, change = gradient(model, mels[pick], streams[pick], ends[pick])
+        optimizer.update(model, change)
+        mx.eval(model.parameters(), optimizer.state, value)
+        if step % 20 == 19:
+            report(step + 1, value.item(), model)
+    folder.mkdir(exist_ok=True)
+    write_tekken(folder, 1266, words=[b" %d" % i for i in range(10)], streaming_n_left_pad_tokens=LEFT,
+                 transcription_delay_ms=80 * DELAYS[0])
+    (folder / "params.json").write_text(json.dumps(cfg))
+    mx.save_safetensors(str(folder / "consolidated.safetensors"), their_names(model, "original"))
+
+
+def dictation(folder, n=14):
+    """Fresh recordings of keys, about 15 in each: their names and what was pressed when."""
+    import soundfile
+
+    rng, truth = np.random.RandomState(2), {}
+    for i in range(n):
+        x, keys = telephone(rng, 6.0)
+        soundfile.write(folder / f"{i}.wav", x, 16000, subtype="FLOAT")
+        truth[str(folder / f"{i}.wav")] = keys
+    return truth
+
+
+@pytest.mark.slow
+def test_a_model_learns_to_transcribe(tmp_path):
+    learn(tmp_path / "model")
+    truth = dictation(tmp_path)
+    V.convert(tmp_path / "model", tmp_path / "6-bit", bits=6, group_size=32)
+    assert sum(map(len, truth.values())) >= 200
+    for model, delay in (("model", 80), ("model", 160), ("6-bit", 80), ("6-bit", 160)):
+        code, out, err = run("--model", tmp_path / model, "--delay", delay, "--quiet", "--format", "json", *truth)
+        assert code == 0 and err == ""
+        wrong, late = 0, []
+        for record in map(json.loads, out.splitlines()):
+            pressed, printed = truth[record["file"]], record["text"].split()
+            wrong += distance(printed, [key for key, _ in pressed])
+            if printed == [key for key, _ in pressed]:
+                late += [abs(word["end"] - end) for word, (_, end) in zip(record["words"], pressed)]
+        assert wrong <= 0.05 * sum(map(len, truth.values())), (model, delay, wrong)
+        assert len(late) > 50 and max(late) <= 0.16
+
+
+def show_learning():
+    """Loss and a transcript that becomes right."""
+    x, keys = telephone(np.random.RandomState(3), 6.0)
+    print("pressed: " + " ".join(key for key, _ in keys))
+    with tempfile.TemporaryDirectory() as folder:
+        write_tekken(folder, 1266, words=[b" %d" % i for i in range(10)], streaming_n_left_pad_tokens=LEFT)
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        tokenizer = Tekkenizer.from_file(Path(folder, "tekken.json"))
+
+        def report(step, value, model):
+            text = V.transcribe(model, tokenizer, x, delay_ms=160).text
+            print(f"step {step}, loss {value:.2f}: {text}", flush=True)
+
+        learn(Path(folder), report=report)
+
+
+# ----------------------------------------------------------------------------- the README and the file
+
+
+def test_readme_says_what_is(checkpoint, loaded, tmp_path, noise, monkeypatch, capsys):
+    """Its options are those of --help, its commands and its code run."""
+    import soundfile
+
+    text = (HERE / "README.md").read_text()
+    options = lambda text: set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert options(text) - {"--help"} == options(call("--help")[1]) - {"--help"}
+    soundfile.write(tmp_path / "speech.wav", noise[:16000], 16000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(V, "load_voxtral_model", lambda: loaded)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)  # noqa: S102
+    assert len(capsys.readouterr().out.splitlines()) > 2 and names["stream"].text
+    commands = re.findall(r"^    (?:.*\| )?python (\w+\.py) ?(.*?)(?: +#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 7
+    for program, args in commands:
+        if program == "voxtral.py":
+            args = args.replace("mistralai/Voxtral-Mini-4B-Realtime-2602", str(checkpoint)).split()
+            args += [] if "--model" in args else ["--model", checkpoint]
+            code, _, err = run(*args, stdin=bytes(32000), cwd=tmp_path)
+            assert code == 0, err
+    for command in re.findall(r"python test_voxtral.py (\w+)", text):
+        assert command in COMMANDS
+    assert f"{len((HERE / 'requirements.txt').read_text().split())}" and "requirements.txt" in text
+
+
+def test_the_file_stays_readable():
+    source = (HERE / "voxtral.py").read_text()
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    lengths = sorted(f.end_lineno - f.lineno + 1 for f in functions)
+
+    def depth(node, outer=()):
+        inside = isinstance(node, (ast.For, ast.While, ast.If, ast.With, ast.Try))
+        # elif is no level of its own
+        inside = inside and not (outer and isinstance(node, ast.If) and outer[-1].__dict__.get("orelse") == [node])
+        outer = (*outer, node) if inside else outer
+        return max([len(outer), *(depth(child, outer) for child in ast.iter_child_nodes(node)
+                                  if not isinstance(child, (ast.FunctionDef, ast.ClassDef)))])
+
+    assert len(source.splitlines()) <= 1000 and max(map(len, source.splitlines())) <= 100
+    assert lengths[-1] <= 60 and lengths[len(lengths) // 2] <= 12
+    assert {f.name: depth(f) for f in functions if depth(f) > 3} == {}
 
 
 # ----------------------------------------------------------- an independent implementation, and digits
@@ -1135,17 +1354,20 @@ def bench_voxmlx(cfg, bits, rates, full):
         yield f"step after {length}, ms", 1e3 * (time.perf_counter() - start) / n, None
 
 
+def measured_rates(full):
+    """What this machine can do: bytes per second in a copy, operations per second in a matrix product."""
+    x = mx.random.normal((1 << (29 if full else 24),)).astype(mx.bfloat16)
+    y = mx.random.normal((8192, 8192) if full else (512, 512)).astype(WIDE)
+    mx.eval(x, y)
+    return 2 * x.nbytes / timed(lambda: x + 1), 2 * y.shape[0] ** 3 / timed(lambda: y @ y)
+
+
 def bench(full):
     """A table of times beside their floors; `full`: the real model's sizes, else those of the tests."""
     cfg = config(**FULL) if full else config()
     if full:
         cfg["multimodal"]["whisper_model_args"]["encoder_args"] |= FULL_ENCODER
-    x = mx.random.normal((1 << (29 if full else 24),)).astype(mx.bfloat16)
-    y = mx.random.normal((8192, 8192) if full else (512, 512)).astype(WIDE)
-    mx.eval(x, y)
-    rates = 2 * x.nbytes / timed(lambda: x + 1), 2 * y.shape[0] ** 3 / timed(lambda: y @ y)
-    del x, y
-    mx.clear_cache()
+    rates = measured_rates(full)
     print(f"MLX {mx.__version__} on {mx.device_info().get('device_name', mx.default_device())}; measured here: "
           f"copy {rates[0] / 1e9:,.0f} GB/s, products {rates[1] / 1e12:,.3f} T/s, which give the floors")
     columns, table = {}, {}
@@ -1295,7 +1517,7 @@ GOLDEN: dict = {
 }
 
 COMMANDS = {"golden": lambda: print(json.dumps(digest(theirs(Path(tempfile.mkdtemp()))))), "digits": main_job,
-            "bench": lambda *what: bench("full" in what), "hours": lambda n=3: hours(float(n)), "live": live}
+            "bench": lambda *what: bench("full" in what), "hours": lambda n=3: hours(float(n)), "live": live, "learn": show_learning}
 
 if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1] in COMMANDS:
