@@ -195,9 +195,9 @@ class KVCache:
 
     The buffer is appended to in place; a full one is replaced by one with as much room again, which
     starts with the entries still in the window. A position is an *index into the buffer*: attention
-    sees differences of positions only, so the kept keys are turned back to the new origin. Counted
-    from the start of the stream, positions would reach 4.3 million in a day, and float32 angles be
-    wrong by 0.25 rad; they stay below two windows, and each key is turned back at most once.
+    sees only differences, so the kept keys are turned back to the new origin, each at most once.
+    Counted from the start of the stream, positions would reach 4.3 million in a day, and float32
+    angles be wrong by 0.25 rad.
     """
     def __init__(self, args: TransformerArgs):
         self.window, self.length = args.sliding_window, 0
@@ -208,9 +208,6 @@ class KVCache:
     def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """T new positions [B, H, T, head_dim], not rotated yet -> what they see, shaped like q."""
         T, kept, w = k.shape[2], min(self.length, self.window - 1), self.window
-        if T > w:  # window by window: so a query meets two of them at most, however many come
-            pieces = (slice(i, i + w) for i in range(0, T, w))
-            return mx.concatenate([self(*(x[:, :, i] for x in (q, k, v))) for i in pieces], axis=2)
         first = self.length - kept
         if self.length + T > self.keys.shape[2]:
             old_k = old_v = k[:, :, :0]
@@ -225,13 +222,16 @@ class KVCache:
         start, self.length = self.length, self.length + T
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
-        # One row sees all that is kept. More rows go over the whole buffer with a mask: its shape
-        # stays the same, and CUDA takes long to plan a kernel for a new one.
-        seen = slice(first, self.length) if T == 1 else slice(None)
-        keys, values = self.keys[:, :, seen], self.values[:, :, seen]
-        mask = None if T == 1 else window_mask(start, T, keys.shape[2], self.window, q.dtype)
-        q, scale = self.rope(q, offset=start), q.shape[3] ** -0.5
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+        attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
+        q, size, out = self.rope(q, offset=start), self.keys.shape[2], []
+        for i in range(start, self.length, w):  # by windows: a query meets two of them at most
+            # One row sees all that is kept; a few the whole buffer, as CUDA plans new shapes slowly.
+            end = min(i + w, self.length)
+            low, high = (first, end) if T == 1 else (0, size) if T <= w else (max(0, i + 1 - w), end)
+            mask = None if T == 1 else window_mask(i - low, end - i, high - low, w, q.dtype)
+            keys, values = self.keys[:, :, low:high], self.values[:, :, low:high]
+            out.append(attend(q[:, :, i - start : end - start], keys, values, mask=mask))
+        return mx.concatenate(out, axis=2)
 
 class Attention(nn.Module):
     """Self-attention over a sliding window; grouped queries where n_kv_heads < n_heads."""
