@@ -255,7 +255,7 @@ def test_causal_and_chunked_equals_whole():
     model, rng = make_model(), np.random.RandomState(3)
     mel = mx.array(rng.randn(1, 400, 128).astype(np.float32))
     whole = model.encode(mel[0])
-    assert whole.shape == (50, 64)
+    assert whole.shape == (50, 64) and [len(model.encode(mel[0, :n])) for n in (0, 7, 8, 15)] == [0, 0, 1, 1]
     changed = mx.concatenate([mel[:, :240], mel[:, 240:] + 1], axis=1)
     assert mx.array_equal(model.encode(changed[0])[:29], whole[:29])
     for sizes in ([8] * 50, [24, 40, 8, 328], [16] * 25, [400]):
@@ -716,9 +716,14 @@ def test_an_interrupted_conversion_leaves_nothing(checkpoint, tmp_path, monkeypa
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(V.os, "replace", interrupted)
-    assert call("--model", checkpoint, "--convert", tmp_path / "out", "--bits", "4")[0] == 130
-    assert list(tmp_path.iterdir()) == []
+    def full(*_):
+        raise RuntimeError("[write] Unable to write 99 bytes to file.")
+
+    for where, name, what, expected in ((V.os, "replace", interrupted, 130), (V.mx, "save_safetensors", full, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, what)
+            code, out, err = call("--model", checkpoint, "--convert", tmp_path / "out", "--bits", "4")
+        assert code == expected and out == "" and len(err) <= 1 and list(tmp_path.iterdir()) == []
 
 
 def test_closed_standard_output(checkpoint, tmp_path, noise):

@@ -320,8 +320,7 @@ class Decoder(nn.Module):
         t embeds the delay as the first transformer did positions: cosines and sines of
         geometrically spaced frequencies. Nothing else enters: it is done once per stream.
         """
-        weight = self.norm.weight
-        half = weight.shape[0] // 2
+        weight, half = self.norm.weight, self.norm.weight.shape[0] // 2
         angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)
         t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(weight.dtype)  # [1, D]
         norms = ((layer.ffn_norm, layer.ada_norm) for layer in self.layers)
@@ -370,7 +369,8 @@ class Voxtral(nn.Module):
         token = 2 * self.downsample_factor  # in log-mel frames; a last part of one is left out
         memory, step, end = self.audio_memory(), self.block * token, len(mel) // token * token
         pieces = (mel[None, i : min(i + step, end)] for i in range(0, end, step))
-        return mx.concatenate([self.embed_audio(piece, memory) for piece in pieces], axis=1)[0]
+        sound = [self.embed_audio(piece, memory) for piece in pieces]
+        return mx.concatenate(sound, axis=1)[0] if sound else mx.zeros((0, self.decoder_args.dim))
 
 # ------------------------------------------------------------------------------------- checkpoints
 # The weights are published in four layouts: "converted" (voxmlx's), whose names the modules above
@@ -986,7 +986,7 @@ def main(argv: list[str] | None = None) -> int:
         before, after = convert(args.model, args.convert, **settings)
         note(f"{args.convert}: {before:,} bytes -> {after:,} bytes")
         return 0
-    except VoxtralError as error:
+    except (VoxtralError, RuntimeError) as error:  # the latter is MLX's: no memory, no space
         return complain(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
