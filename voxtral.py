@@ -104,23 +104,23 @@ def load_audio(path: str | Path) -> np.ndarray:
 def to_16k(sound: Any, n: int) -> Iterator[np.ndarray]:
     """An open soundfile.SoundFile, n of its samples at a time -> blocks of mono sound at 16 kHz."""
     import soxr  # type: ignore[import-untyped]
-    rate = sound.samplerate
+    rate = sound.samplerate  # of the file, in Hz
     if rate < 1000:
         raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
     # To the first empty block: the number of samples that a header promises may be anything.
     while len(block := sound.read(n, dtype="float32", always_2d=True)):
-        mono = block.mean(axis=1)
+        mono = block.mean(axis=1)  # [n, channels] -> [n]
         yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 @dataclass(frozen=True)
 class Spectrogram:
     """The log-mel front end; the defaults are the published model's."""
-    num_mel_bins: int = 128
+    num_mel_bins: int = 128  # up to half the sampling rate, evenly on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
     window_size: int = 400  # samples: 25 ms
-    global_log_mel_max: float = 1.5
+    global_log_mel_max: float = 1.5  # what log10 of the power is taken to reach at most
 
     def frames(self, samples: np.ndarray) -> mx.array:
         """Log-mel [F, num_mel_bins] float32 of the F whole windows in `samples` [n]."""
@@ -129,9 +129,9 @@ class Spectrogram:
         bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
         # Periodic, not symmetric: numpy's window of one more sample without its last.
         hann = np.hanning(self.window_size + 1)[:-1].astype(np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size)
+        windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size)  # a view
         spectrum = np.fft.rfft(windows[:: self.hop_length] * hann)  # [F, bins]
-        power = (np.abs(spectrum) ** 2).astype(np.float32)
+        power = (np.abs(spectrum) ** 2).astype(np.float32)  # [F, bins]
         log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))  # [F, num_mel_bins]
         # Whisper clips at 8 below the loudest sound of the clip. A stream cannot know that, so a
         # constant of training stands in for it.
@@ -161,7 +161,7 @@ class Carry:
         xp: Any = np if isinstance(x, np.ndarray) else mx
         if self.rest is None:
             self.rest = xp.zeros((*x.shape[:-2], self.zeros, x.shape[-1]), x.dtype)
-        x = xp.concatenate([self.rest, x], axis=-2)
+        x = xp.concatenate([self.rest, x], axis=-2)  # [..., all that is known and needed, C]
         windows = max(0, (x.shape[-2] - self.kernel) // self.stride + 1)
         end = (windows - 1) * self.stride + self.kernel if windows else 0
         self.rest = x[..., windows * self.stride :, :]
@@ -173,21 +173,21 @@ class Carry:
 @dataclass(frozen=True)
 class TransformerArgs:
     """The sizes of a transformer, from one section of params.json."""
-    dim: int
+    dim: int  # of the vector at a position
     n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden_dim: int
-    sliding_window: int
-    rope_theta: float
-    norm_eps: float
+    n_heads: int  # of queries
+    n_kv_heads: int  # of keys and values, each for n_heads / n_kv_heads of queries
+    head_dim: int  # of a query, key or value; n_heads of them need not add up to dim
+    hidden_dim: int  # inside the feed-forward part
+    sliding_window: int  # positions that attention sees, its own included
+    rope_theta: float  # rotary pairs turn in 2 pi to (nearly) 2 pi * this positions
+    norm_eps: float  # added to the mean square before the root
 
 @lru_cache(maxsize=4)  # the layers of a stack ask for the same one
 def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
     """What T positions from `start` on see of a buffer [T, size]: `window`, themselves last."""
     # To be added to the scores: CUDA has a fused kernel for that, and none for a boolean mask.
-    distance = mx.arange(start, start + T)[:, None] - mx.arange(size)
+    distance = mx.arange(start, start + T)[:, None] - mx.arange(size)  # [T, size]; how far back
     return mx.where((distance >= 0) & (distance < window), 0.0, mx.finfo(dtype).min).astype(dtype)
 
 class KVCache:
@@ -208,9 +208,9 @@ class KVCache:
     def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """T new positions [B, H, T, head_dim], not rotated yet -> what they see, shaped like q."""
         T, kept, w = k.shape[2], min(self.length, self.window - 1), self.window
-        first = self.length - kept
+        first = self.length - kept  # of the entries that are still in the window
         if self.length + T > self.keys.shape[2]:
-            old_k = old_v = k[:, :, :0]
+            old_k = old_v = k[:, :, :0]  # [B, H, 0, head_dim]
             if kept:
                 old_k, old_v = (x[:, :, first : self.length] for x in (self.keys, self.values))
                 # All turn by one angle: as if each were alone, at position 0, in a batch of keys.
@@ -219,19 +219,19 @@ class KVCache:
             self.keys = mx.concatenate([old_k, room], axis=2)
             self.values = mx.concatenate([old_v, room], axis=2)
             first, self.length = 0, kept
-        start, self.length = self.length, self.length + T
+        start, self.length = self.length, self.length + T  # of the new positions
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
         attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
         q, size, out = self.rope(q, offset=start), self.keys.shape[2], []
         for i in range(start, self.length, w):  # by windows: a query meets two of them at most
-            # One row sees all that is kept; a few the whole buffer, as CUDA plans new shapes slowly.
+            # One row sees all that is kept; a few, the whole buffer: CUDA plans new shapes slowly.
             end = min(i + w, self.length)
-            low, high = (first, end) if T == 1 else (0, size) if T <= w else (max(0, i + 1 - w), end)
-            mask = None if T == 1 else window_mask(i - low, end - i, high - low, w, q.dtype)
-            keys, values = self.keys[:, :, low:high], self.values[:, :, low:high]
+            a, b = (first, end) if T == 1 else (0, size) if T <= w else (max(0, i + 1 - w), end)
+            mask = None if T == 1 else window_mask(i - a, end - i, b - a, w, q.dtype)
+            keys, values = self.keys[:, :, a:b], self.values[:, :, a:b]  # views of the buffer
             out.append(attend(q[:, :, i - start : end - start], keys, values, mask=mask))
-        return mx.concatenate(out, axis=2)
+        return mx.concatenate(out, axis=2)  # [B, n_heads, T, head_dim]
 
 class Attention(nn.Module):
     """Self-attention over a sliding window; grouped queries where n_kv_heads < n_heads."""
@@ -260,9 +260,9 @@ class SwiGLU(nn.Module):
     """The feed-forward part: one projection gates another."""
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=bias)
+        self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)  # w1
+        self.up_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)  # w3
+        self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=bias)  # w2
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -278,8 +278,8 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array) -> mx.array:
         """x [B, T, D] -> [B, T, D]; `ffn_weight` [D] stands in for ffn_norm's, see Decoder."""
-        x = x + self.attention(self.attn_norm(x), cache)
-        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))
+        x = x + self.attention(self.attn_norm(x), cache)  # mixes positions
+        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))  # each by itself
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
 
@@ -296,8 +296,8 @@ class Encoder(nn.Module):
         """The next log-mel frames [B, F, C], F even -> frames [B, F / 2, D]."""
         past1, past2, caches = memory
         x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
-        x = nn.gelu(self.conv1(past1(x)))
-        x = nn.gelu(self.conv2(past2(x)))
+        x = nn.gelu(self.conv1(past1(x)))  # [B, F, D]
+        x = nn.gelu(self.conv2(past2(x)))  # [B, F / 2, D]
         for layer, cache in zip(self.layers, caches):
             x = layer(x, cache, layer.ffn_norm.weight)
         return self.norm(x)
@@ -306,7 +306,7 @@ class Decoder(nn.Module):
     """A language model whose input at each position is a token's embedding plus a sound's."""
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, args.dim)
+        self.embed_tokens = nn.Embedding(vocab_size, args.dim)  # also the output layer: tied
         self.layers = [Block(args, bias=False) for _ in range(args.n_layers)]
         for layer in self.layers:
             layer.ada_norm = nn.Module()  # its ear for the delay
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         geometrically spaced frequencies. Nothing else enters: it is done once per stream.
         """
         weight, half = self.norm.weight, self.norm.weight.shape[0] // 2
-        angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)
+        angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
         t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(weight.dtype)  # [1, D]
         norms = ((layer.ffn_norm, layer.ada_norm) for layer in self.layers)
         return [n.weight * (1 + ada.linear_out(nn.gelu(ada.linear_in(t)))[0]) for n, ada in norms]
@@ -360,7 +360,7 @@ class Voxtral(nn.Module):
 
     def embed_audio(self, mel: mx.array, memory: tuple) -> mx.array:
         """The next log-mel frames [B, F, C], F a multiple of 8 -> embeddings [B, F / 8, D]."""
-        x = self.encoder(mel, memory)
+        x = self.encoder(mel, memory)  # [B, F / 2, D of the encoder]
         x = x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2])  # groups of 4 frames
         return self.adapter.w_out(nn.gelu(self.adapter.w_in(x)))
 
@@ -497,9 +497,9 @@ def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.arra
 def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, dict]:
     """The model of a folder with its weights in place, still lazy, and its configuration."""
     try:
-        layout, config = read_config(folder)
+        layout, config = read_config(folder)  # one of four, params.json's form
         model = Voxtral(config)
-        weights = read_weights(folder, layout, model)
+        weights = read_weights(folder, layout, model)  # under our names, lazy
         if any(name.endswith(".scales") for name in weights):
             settings = config["quantization"]
             # Just what the file has scales of, whatever rule its writer followed.
@@ -542,7 +542,7 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
         for _, module in model.named_modules():
             if type(module) is nn.Linear:
                 module.weight = mx.contiguous(module.weight.T).T
-    mx.eval(model.parameters())
+    mx.eval(model.parameters())  # reads all files, once
     return model, tokenizer, config
 
 def choose_files(names: Iterable[str], config: dict) -> list[str]:
@@ -550,7 +550,7 @@ def choose_files(names: Iterable[str], config: dict) -> list[str]:
     files, original = set(names), {"params.json", "consolidated.safetensors", "tekken.json"}
     if original <= files and "multimodal" not in config:
         return sorted(original)
-    shards = {name for name in files if re.fullmatch(r"model-.*\.safetensors", name)}
+    shards = {name for name in files if re.fullmatch(r"model-.*\.safetensors", name)}  # or one file
     weights = {"model.safetensors"} & files or shards
     return sorted(weights | {"config.json", "model.safetensors.index.json", "tekken.json"} & files)
 
@@ -607,7 +607,7 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
         for file, content in (("config.json", config), ("model.safetensors.index.json", index)):
             (new / file).write_text(json.dumps(content, indent=1, sort_keys=True))
         (new / "tekken.json").write_bytes((folder / "tekken.json").read_bytes())
-        os.replace(new, out)
+        os.replace(new, out)  # all or nothing
     files = weight_files(folder, read_config(folder)[0]), weight_files(out, "converted")
     before, after = (sum(path.stat().st_size for path in paths) for paths in files)
     return before, after
@@ -640,7 +640,7 @@ class Word:
     """
     text: str
     start: float
-    end: float
+    end: float  # both in seconds
 
 @dataclass
 class Transcript:
@@ -673,27 +673,27 @@ class Stream:
         self.text, self.tokens, self.words = "", list[int](), list[Word]()
         self.time = 0.0  # up to which time in the recording, in seconds, all words are written
         self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
-        self._delay = audio.get_num_delay_tokens(delay_ms)
-        self._right_pad = audio.n_right_pad_tokens(delay_ms)
+        self._delay = audio.get_num_delay_tokens(delay_ms)  # in tokens
+        self._right_pad = audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10
         self._frame = audio.raw_audio_length_per_tok  # in samples: 1280, 80 ms
         # The eight spectrogram windows of one token, taken together, are a moving window again.
         # Before the signal: half a window, to centre the first on it, and the prompt's silence.
         zeros = mel.window_size // 2 + audio.n_left_pad_tokens * self._frame
         self._samples = Carry(self._frame - mel.hop_length + mel.window_size, self._frame, zeros)
-        self._memory = model.audio_memory()
-        self._ffn_weights = decoder.ffn_weights(self._delay)
-        self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]
+        self._memory = model.audio_memory()  # the encoder's
+        self._ffn_weights = decoder.ffn_weights(self._delay)  # the same for all its steps
+        self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]  # the decoder's
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
         prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
         self._token = mx.array([prompt])  # [1, n]: what the next n embeddings of sound go with
         self._sound = mx.zeros((1, 0, model.decoder_args.dim), decoder.norm.weight.dtype)  # those
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self._group: int | None = None  # the token that opened a group, until its text begins
         self._fed = 0  # samples, with the silence of flushes
         self._pause = (0, 0, 0)  # of the last flush, in samples: start, silence, all silence before
         self._end = math.inf  # of the recording, in frames, once finish knows
-        self._ended = False
+        self._ended = False  # by an EOS after that, or by finish
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
@@ -734,7 +734,7 @@ class Stream:
 
     def _decode(self, sound: mx.array) -> None:
         """Take the next embeddings of sound [1, n, D] and generate the tokens that they allow."""
-        sound = mx.concatenate([self._sound, sound], axis=1)
+        sound = mx.concatenate([self._sound, sound], axis=1)  # with what waited for the prompt
         unread: Any = None
         while not self._ended and self._token.shape[1] <= sound.shape[1]:
             n = self._token.shape[1]  # all of the prompt at first, then one token
@@ -758,7 +758,7 @@ class Stream:
 
     def _take(self, token: int) -> None:
         """Append a token that was generated, and its text."""
-        k = len(self.tokens)
+        k = len(self.tokens)  # its index: it has heard k + 1 + delay frames
         # The end of sequence is a token like any other until the recording is over.
         self._ended |= token == self._tokenizer.eos_id and k + self._delay >= self._end
         if self._ended:
@@ -779,7 +779,7 @@ class Stream:
             end = self.time if self._group is None else self._audio_time(self._group + 1)
             start = max(self.words[-1].end if self.words else 0.0, end - LONGEST)
             self.words.append(Word("", round(start, 3), round(end, 3)))
-            self._group = None
+            self._group = None  # it has its text; more of it goes to the same word
         if text:
             self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
             self.text += text
@@ -802,7 +802,7 @@ def wrap(text: str, width: int = 42) -> list[str]:
     for piece in re.findall(rf"\s*(?:[{wide}][^\w\s]{{,9}}|[^\s{wide}]{{1,{width}}})", text):
         if lines[-1] and columns(lines[-1] + piece) > width:
             lines.append("")
-        lines[-1] = (lines[-1] + piece).lstrip()
+        lines[-1] = (lines[-1] + piece).lstrip()  # no line starts with a space
     return lines
 
 class Subtitles:
@@ -855,7 +855,7 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
     import soundfile  # type: ignore[import-untyped]
     if sys.stdin.isatty():
         raise VoxtralError("standard input is a terminal: pipe sound into it")
-    head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()
+    head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()  # to see what it is
     raw: dict = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
     raw |= {"samplerate": SAMPLE_RATE, "channels": 1}
     known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
@@ -876,7 +876,7 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
 
     for work in (copy, read):
         threading.Thread(target=work, daemon=True).start()
-    began, done, last = time.monotonic(), 0, False
+    began, done, last = time.monotonic(), 0, False  # done: in blocks of 40 ms
     while not last:
         pieces = [blocks.get()]
         while len(pieces) < 100 and not blocks.empty():
