@@ -743,6 +743,7 @@ def wav_bytes(pcm, size, channels=1, rate=16000, extra=b""):
             + b"data" + struct.pack("<I", size) + pcm)
 
 
+@pytest.mark.slow
 def test_pipes(checkpoint, noise):
     pcm = (noise[:16000] * 32767).astype("<i2").tobytes()
     ffmpeg = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"

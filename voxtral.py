@@ -623,10 +623,10 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
 #     sound    .    .    .   se  -ve   -e   -n    .    .    .    .    .   ni
 #     token              .    .    .    .    .    .   [W]  " se" "v" "en"  .
 #     k                  0    1    2    3    4    5    6    7    8    9   10
+#     text                                                  se  sev  seven
 #
-# [W] is [STREAMING_WORD]: a word is over, and the delay has passed; its text follows, a token per
-# frame. Opened at k, the word ended after (k + 1) * 80 ms: here 560 ms, the end of frame 6. A dot
-# in the row of tokens is [STREAMING_PAD]: nothing to say.
+# [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. A word that is
+# opened at k ended after (k + 1) * 80 ms of sound: here 560 ms, the end of frame 6.
 
 LONGEST = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
 
