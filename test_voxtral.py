@@ -769,6 +769,7 @@ def test_a_killed_writer_loses_nothing_that_was_heard(checkpoint, noise):
     assert (program.returncode, err, json.loads(out)) == (0, b"", json.loads(whole[1]))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_files(checkpoint, tmp_path, noise):
     import soundfile
 

@@ -693,7 +693,7 @@ class Stream:
         self._fed = 0  # samples, with the silence of flushes
         self._pause = (0, 0, 0)  # of the last flush, in samples: start, silence, all silence before
         self._end = math.inf  # of the recording, in frames, once finish knows
-        self._ended = False  # by an EOS after that, or by finish
+        self._ended, self._ids = False, dict[int, int]()  # by an EOS after that, or by finish
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
@@ -763,7 +763,7 @@ class Stream:
         self._ended |= token == self._tokenizer.eos_id and k + self._delay >= self._end
         if self._ended:
             return
-        self.tokens.append(token)
+        self.tokens.append(self._ids.setdefault(token, token))  # an object per id, not per token
         self.time = self._audio_time(k + 1)
         if token == self._word_id:
             self._group = k
