@@ -260,9 +260,9 @@ class SwiGLU(nn.Module):
     """The feed-forward part: one projection gates another."""
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)  # w1
-        self.up_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)  # w3
-        self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=bias)  # w2
+        self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(args.hidden_dim, args.dim, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -497,9 +497,9 @@ def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.arra
 def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, dict]:
     """The model of a folder with its weights in place, still lazy, and its configuration."""
     try:
-        layout, config = read_config(folder)  # one of four, params.json's form
+        layout, config = read_config(folder)
         model = Voxtral(config)
-        weights = read_weights(folder, layout, model)  # under our names, lazy
+        weights = read_weights(folder, layout, model)
         if any(name.endswith(".scales") for name in weights):
             settings = config["quantization"]
             # Just what the file has scales of, whatever rule its writer followed.
@@ -550,7 +550,7 @@ def choose_files(names: Iterable[str], config: dict) -> list[str]:
     files, original = set(names), {"params.json", "consolidated.safetensors", "tekken.json"}
     if original <= files and "multimodal" not in config:
         return sorted(original)
-    shards = {name for name in files if re.fullmatch(r"model-.*\.safetensors", name)}  # or one file
+    shards = {name for name in files if re.fullmatch(r"model-.*\.safetensors", name)}
     weights = {"model.safetensors"} & files or shards
     return sorted(weights | {"config.json", "model.safetensors.index.json", "tekken.json"} & files)
 
@@ -575,7 +575,7 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
     Returns the size of the weights before and after, in bytes. Raises VoxtralError unless `out_dir`
-    is new or empty. Whatever happens, nothing appears there before all of it is written.
+    is new or empty, or to quantise twice. Nothing appears there before all of it is written.
     """
     from huggingface_hub import split_state_dict_into_shards_factory as split
     folder, out = download_weights(str(path_or_id)), Path(out_dir).expanduser()
@@ -693,7 +693,7 @@ class Stream:
         self._fed = 0  # samples, with the silence of flushes
         self._pause = (0, 0, 0)  # of the last flush, in samples: start, silence, all silence before
         self._end = math.inf  # of the recording, in frames, once finish knows
-        self._ended, self._ids = False, dict[int, int]()  # by an EOS after that, or by finish
+        self._ended, self._ids = False, dict[int, int]()  # _ids: one object for each id
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
