@@ -241,13 +241,13 @@ def test_encoder_and_decoder_forget_what_is_outside_their_windows():
     changed = mel.copy()
     changed[:, 40] += 1  # mel frame 40 enters encoder frames 20 and 21, through conv2 and conv1
     other = np.array(model.encoder(mx.array(changed), model.audio_memory()))
-    differs = np.flatnonzero(np.abs(other - frames).max((0, 2)) > 0)
+    differs = np.flatnonzero(np.abs(other - frames).max(1) > 0)
     assert differs.min() == 20 and differs.max() == 21 + 11  # a window of 12 sees 11 back
-    x = np.random.RandomState(1).randn(1, 120, 64).astype(np.float32)
+    x = np.random.RandomState(1).randn(120, 64).astype(np.float32)
     run = lambda x: np.array(model.language_model(mx.array(x), model.language_model.ffn_weights(6),
                                                   [V.KVCache(model.decoder_args)]))
-    a, x[:, 30] = run(x), 5
-    differs = np.flatnonzero(np.abs(run(x) - a).max((0, 2)) > 0)
+    a, x[30] = run(x), 5
+    differs = np.flatnonzero(np.abs(run(x) - a).max(1) > 0)
     assert differs.min() == 30 and differs.max() == 30 + 39
 
 
@@ -263,22 +263,22 @@ def test_causal_and_chunked_equals_whole():
         for n in sizes:
             parts.append(model.embed_audio(mel[:, at : at + n], memory))
             at += n
-        assert close(mx.concatenate(parts, axis=1)[0], whole)
+        assert close(mx.concatenate(parts), whole)
 
 
 def test_cached_decoding_equals_recomputation():
     model, rng = make_model(), np.random.RandomState(4)
     decoder, weights = model.language_model, model.language_model.ffn_weights(6)
-    x = mx.array(rng.randn(1, 200, 64).astype(np.float32))
+    x = mx.array(rng.randn(200, 64).astype(np.float32))
     fresh = lambda: [V.KVCache(model.decoder_args) for _ in decoder.layers]
     whole = decoder(x, weights, fresh())
     # ... and the definition: full attention with a banded mask, nothing cached.
     for sizes in ([1] * 200, [39] + [1] * 161, [7, 60, 2, 131]):
         caches, parts, at = fresh(), [], 0
         for n in sizes:
-            parts.append(decoder(x[:, at : at + n], weights, caches))
+            parts.append(decoder(x[at : at + n], weights, caches))
             at += n
-        assert close(mx.concatenate(parts, axis=1), whole)
+        assert close(mx.concatenate(parts), whole)
 
 
 def test_adaptive_norm_folds_and_hears_the_delay():
@@ -300,7 +300,7 @@ def test_no_activation_leaves_the_type_of_the_weights():
     x = model.encode(mx.zeros((64, 128)))
     decoder = model.language_model
     caches = [V.KVCache(model.decoder_args) for _ in decoder.layers]
-    y = decoder(decoder.embed_tokens(mx.zeros((1, 8), mx.int32)) + x[None], decoder.ffn_weights(6), caches)
+    y = decoder(decoder.embed_tokens(mx.zeros(8, mx.int32)) + x, decoder.ffn_weights(6), caches)
     assert {x.dtype, y.dtype, decoder.embed_tokens.as_linear(y).dtype, caches[0].keys.dtype} == {mx.bfloat16}
 
 
@@ -444,7 +444,7 @@ def test_a_token_comes_with_the_feed_that_makes_it_possible(loaded, noise):
 def test_delay_sets_prompt_and_padding(loaded, delay):
     model, tokenizer, _ = loaded
     stream, n = V.Stream(model, tokenizer, delay_ms=delay), delay // 80
-    assert stream._token.tolist() == [[1] + [32] * (32 + n)] and stream._right_pad == n + 11
+    assert stream._token.tolist() == [1] + [32] * (32 + n) and stream._right_pad == n + 11
 
 
 def test_impossible_delays_and_samples(loaded):
@@ -964,7 +964,8 @@ def training_clip(rng, mel):
 def loss(model, mel, streams, ends):
     """How unlikely the model finds the target streams [B, FRAMES], a part of the batch at each delay."""
     decoder, used = model.language_model, mx.array(USED)
-    sound = model.embed_audio(mel, model.audio_memory())  # [B, LEFT + FRAMES + longest delay, D]
+    sound = model.embed_audio(mel, model.audio_memory()).reshape(len(mel), -1, model.decoder_args.dim)
+    # sound [B, LEFT + FRAMES + longest delay, D]
 
     def surprise(x, targets):
         logits = x @ decoder.embed_tokens.weight[used].T
@@ -979,7 +980,7 @@ def loss(model, mel, streams, ends):
         ids = used[mx.concatenate([prompt, streams[part, :-1]], axis=1)]
         x = decoder.embed_tokens(ids) + sound[part, : heard + FRAMES]
         caches = [V.KVCache(model.decoder_args) for _ in decoder.layers]
-        x = decoder(x, decoder.ffn_weights(delay), caches)
+        x = decoder(x.reshape(-1, x.shape[2]), decoder.ffn_weights(delay), caches, n).reshape(x.shape)
         total = total + surprise(x[:, heard:], streams[part]) / len(DELAYS)
     return total
 
@@ -1114,19 +1115,19 @@ def test_the_file_stays_readable():
 
 def cross_check_inputs():
     rng = np.random.RandomState(9)
-    return rng.randn(480, 128).astype(np.float32), rng.randint(0, 1400, (1, 60))
+    return rng.randn(480, 128).astype(np.float32), rng.randint(0, 1400, 60)
 
 
 def ours():
     """Encoder and adapter output, and logits at three delays, of the seeded model on seeded input."""
     model, (mel, ids) = make_model(), cross_check_inputs()
-    encoded = model.encoder(mx.array(mel)[None], model.audio_memory())[0]
+    encoded = model.encoder(mx.array(mel)[None], model.audio_memory())
     sound, decoder = model.encode(mx.array(mel)), model.language_model
     out = {"encoder": np.array(encoded), "adapter": np.array(sound)}
     for delay in (1, 6, 30):
         caches = [V.KVCache(model.decoder_args) for _ in decoder.layers]
-        x = decoder(decoder.embed_tokens(mx.array(ids)) + sound[None], decoder.ffn_weights(delay), caches)
-        out[f"logits {delay}"] = np.array(decoder.embed_tokens.as_linear(x))[0]
+        x = decoder(decoder.embed_tokens(mx.array(ids)) + sound, decoder.ffn_weights(delay), caches)
+        out[f"logits {delay}"] = np.array(decoder.embed_tokens.as_linear(x))
     return out
 
 
@@ -1146,7 +1147,7 @@ def theirs(folder):
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     hf = transformers.VoxtralRealtimeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     mel, ids = cross_check_inputs()
-    features, ids = torch.tensor(mel.T[None].copy()), torch.tensor(ids)
+    features, ids = torch.tensor(mel.T[None].copy()), torch.tensor(ids[None])
     with torch.no_grad():
         heard = hf.get_audio_features(features)
         out = {"encoder": heard.last_hidden_state[0].numpy(), "adapter": heard.pooler_output[0].numpy()}
@@ -1283,13 +1284,13 @@ class Steps(V.Stream):
         self._model, self._temperature = model, 0.0
         self._ffn_weights = model.language_model.ffn_weights(6)
         self._caches = [V.KVCache(model.decoder_args) for _ in model.language_model.layers]
-        self._token = mx.full((1, positions), 32)
+        self._token = mx.full((positions,), 32)
 
     def run(self, sound):
-        """One step for each of the embeddings [1, n, D]; a token is read while the next is computed."""
+        """One step for each of the embeddings [n, D]; a token is read while the next is computed."""
         last = None
-        for i in range(sound.shape[1]):
-            self._token = self._generate(sound[:, i : i + 1])
+        for i in range(len(sound)):
+            self._token = self._generate(sound[i : i + 1])
             if last is not None:
                 last.item()
             last = self._token
@@ -1317,15 +1318,15 @@ def bench_ours(cfg, bits, rates, full):
     for seconds in (30, 60, 300) if full else (30, 60):
         floor = 1e3 * work_of(cfg, seconds)[0] / flops
         yield f"encode {seconds} s, ms", 1e3 * timed(lambda n=seconds: model.encode(mel[: n * 100]), 3), floor
-    sound = mx.random.normal((1, 8300, cfg["dim"])).astype(WIDE) * 0.02
+    sound = mx.random.normal((8300, cfg["dim"])).astype(WIDE) * 0.02
     mx.eval(sound, mel)
     for length in (40, 1000, 8192) if full else (40, 1000):
         steps = Steps(model, length)
-        steps._token = steps._generate(sound[:, :length])
+        steps._token = steps._generate(sound[:length])
         floor = (decoder_bytes + min(length, cfg["sliding_window"]) * work_of(cfg, 1)[1]) / bandwidth
-        yield f"step after {length}, ms", best_of(lambda steps=steps: steps.run(sound[:, :40]).item()) / 40, 1e3 * floor
+        yield f"step after {length}, ms", best_of(lambda steps=steps: steps.run(sound[:40]).item()) / 40, 1e3 * floor
     steps, memory = Steps(model, 39), model.audio_memory()
-    steps._token = steps._generate(sound[:, :39])
+    steps._token = steps._generate(sound[:39])
     mx.eval(model.embed_audio(mel[None, :312], memory), steps._token)
     for name, work in (("80 ms: encoder", mx.eval), ("80 ms: all", lambda new: steps.run(new).item())):
         times = []

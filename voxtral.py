@@ -223,13 +223,15 @@ class KVCache:
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
         attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
-        q, size, out = self.rope(q, offset=start), self.keys.shape[2], []
+        q, out = self.rope(q, offset=start), []
         for i in range(start, self.length, w):  # by windows: a query meets two of them at most
-            # One row sees all that is kept; a few, the whole buffer: CUDA plans new shapes slowly.
             end = min(i + w, self.length)
-            a, b = (first, end) if T == 1 else (0, size) if T <= w else (max(0, i + 1 - w), end)
-            mask = None if T == 1 else window_mask(i - a, end - i, b - a, w, q.dtype)
+            # A few rows take the whole buffer: CUDA plans slowly for each new shape.
+            a, b = (0, self.keys.shape[2]) if 1 < T <= w else (max(first, i + 1 - w), end)
             keys, values = self.keys[:, :, a:b], self.values[:, :, a:b]  # views of the buffer
+            if T == 1:  # sees all that is kept
+                return attend(q, keys, values)
+            mask = window_mask(i - a, end - i, b - a, w, q.dtype)
             out.append(attend(q[:, :, i - start : end - start], keys, values, mask=mask))
         return mx.concatenate(out, axis=2)  # [B, n_heads, T, head_dim]
 
@@ -244,15 +246,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(args.dim, kv_dim, bias=bias)
         self.o_proj = nn.Linear(q_dim, args.dim, bias=bias)
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        B, T, _ = x.shape
+    def __call__(self, x: mx.array, cache: KVCache, B: int) -> mx.array:
+        T = x.shape[0] // B
         # One row needs no swap: [B, 1, H * head_dim] and [B, H, 1, head_dim] are the same numbers.
         heads = (B, -1, 1, self.head_dim) if T == 1 else (B, T, -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if T > 1:
             q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))  # [B, H, T, head_dim]
         out = cache(q, k, v)  # [B, n_heads, T, head_dim]
-        return self.o_proj((out if T == 1 else out.swapaxes(1, 2)).reshape(B, T, -1))
+        return self.o_proj((out if T == 1 else out.swapaxes(1, 2)).reshape(B * T, -1))
 
 swiglu = mx.compile(lambda gate, up: nn.silu(gate) * up, shapeless=True)  # as one kernel
 
@@ -276,9 +278,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.mlp = SwiGLU(args, bias)
 
-    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array) -> mx.array:
-        """x [B, T, D] -> [B, T, D]; `ffn_weight` [D] stands in for ffn_norm's, see Decoder."""
-        x = x + self.attention(self.attn_norm(x), cache)  # mixes positions
+    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array, B: int) -> mx.array:
+        """Rows [B * T, D] -> rows; `ffn_weight` [D] stands in for ffn_norm's, see Decoder."""
+        x = x + self.attention(self.attn_norm(x), cache, B)  # mixes positions
         return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))  # each by itself
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
@@ -293,13 +295,14 @@ class Encoder(nn.Module):
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def __call__(self, mel: mx.array, memory: tuple) -> mx.array:
-        """The next log-mel frames [B, F, C], F even -> frames [B, F / 2, D]."""
+        """The next log-mel frames [B, F, C], F even -> frames as rows [B * F / 2, D]."""
         past1, past2, caches = memory
         x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
         x = nn.gelu(self.conv1(past1(x)))  # [B, F, D]
         x = nn.gelu(self.conv2(past2(x)))  # [B, F / 2, D]
+        x = x.reshape(-1, x.shape[2])  # rows: with more dimensions MLX reshapes at each product
         for layer, cache in zip(self.layers, caches):
-            x = layer(x, cache, layer.ffn_norm.weight)
+            x = layer(x, cache, layer.ffn_norm.weight, mel.shape[0])
         return self.norm(x)
 
 class Decoder(nn.Module):
@@ -326,10 +329,10 @@ class Decoder(nn.Module):
         norms = ((layer.ffn_norm, layer.ada_norm) for layer in self.layers)
         return [n.weight * (1 + ada.linear_out(nn.gelu(ada.linear_in(t)))[0]) for n, ada in norms]
 
-    def __call__(self, x: mx.array, ffn_weights: list[mx.array], caches: list[KVCache]) -> mx.array:
-        """Inputs [B, T, D] -> outputs [B, T, D]; embed_tokens.as_linear makes logits of them."""
+    def __call__(self, x: mx.array, ffn_weights: list, caches: list, B: int = 1) -> mx.array:
+        """Inputs [B * T, D] -> outputs, also rows; embed_tokens.as_linear makes logits of them."""
         for layer, weight, cache in zip(self.layers, ffn_weights, caches):
-            x = layer(x, cache, weight)
+            x = layer(x, cache, weight, B)
         return self.norm(x)
 
 class Voxtral(nn.Module):
@@ -350,7 +353,7 @@ class Voxtral(nn.Module):
         self.adapter.w_in = nn.Linear(encoder.dim * factor, decoder.dim, bias=False)
         self.adapter.w_out = nn.Linear(decoder.dim, decoder.dim, bias=False)
         self.language_model = Decoder(decoder, self.vocab_size, ada_dim)
-        # Audio embeddings made at once of a long signal: four windows keep a GPU busy.
+        # Of a long signal so many tokens are embedded at once: four windows keep a GPU busy.
         self.block = max(1, 4 * encoder.sliding_window // factor)
 
     def audio_memory(self) -> tuple[Carry, Carry, list[KVCache]]:
@@ -359,9 +362,9 @@ class Voxtral(nn.Module):
         return Carry(kernel=3, stride=1, zeros=2), Carry(kernel=3, stride=2, zeros=1), caches
 
     def embed_audio(self, mel: mx.array, memory: tuple) -> mx.array:
-        """The next log-mel frames [B, F, C], F a multiple of 8 -> embeddings [B, F / 8, D]."""
-        x = self.encoder(mel, memory)  # [B, F / 2, D of the encoder]
-        x = x.reshape(x.shape[0], -1, self.downsample_factor * x.shape[2])  # groups of 4 frames
+        """The next log-mel frames [B, F, C], F a multiple of 8 -> embeddings [B * F / 8, D]."""
+        x = self.encoder(mel, memory)  # [B * F / 2, D of the encoder]
+        x = x.reshape(-1, self.downsample_factor * x.shape[1])  # groups of 4 frames
         return self.adapter.w_out(nn.gelu(self.adapter.w_in(x)))
 
     def encode(self, mel: mx.array) -> mx.array:
@@ -370,7 +373,7 @@ class Voxtral(nn.Module):
         memory, step, end = self.audio_memory(), self.block * token, len(mel) // token * token
         pieces = (mel[None, i : min(i + step, end)] for i in range(0, end, step))
         sound = [self.embed_audio(piece, memory) for piece in pieces]
-        return mx.concatenate(sound, axis=1)[0] if sound else mx.zeros((0, self.decoder_args.dim))
+        return mx.concatenate(sound) if sound else mx.zeros((0, self.decoder_args.dim))
 
 # ------------------------------------------------------------------------------------- checkpoints
 # The weights are published in four layouts: "converted" (voxmlx's), whose names the modules above
@@ -556,9 +559,9 @@ def choose_files(names: Iterable[str], config: dict) -> list[str]:
 
 def download_weights(model_id: str) -> Path:
     """A hub repository's folder in the cache, with what is needed downloaded; or a local folder."""
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
     if (folder := Path(model_id).expanduser()).exists():
         return folder
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
     try:
         names = [file.rfilename for file in HfApi().model_info(model_id).siblings or []]
         path = hf_hub_download(model_id, "config.json") if "config.json" in names else os.devnull
@@ -586,8 +589,7 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
         raise VoxtralError(f"{folder}: is quantised already")
     if bits:
         # Each Linear, and the embedding, which is the output layer too: their bytes are a step's
-        # time. Norms, biases and convolutions, under 0.2 % of the bytes, stay. ada_norm, used once
-        # per stream, could stay too, but voxmlx wants what the group size divides quantised.
+        # time. ada_norm, used once per stream, could stay, but voxmlx wants it quantised.
         config = {**config, "quantization": {"group_size": group_size, "bits": bits}}
         nn.quantize(model, group_size, bits, class_predicate=lambda _, part:
                     hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0)
@@ -686,8 +688,8 @@ class Stream:
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
         prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
-        self._token = mx.array([prompt])  # [1, n]: what the next n embeddings of sound go with
-        self._sound = mx.zeros((1, 0, model.decoder_args.dim), decoder.norm.weight.dtype)  # those
+        self._token = mx.array(prompt)  # [n]: what the next n embeddings of sound go with
+        self._sound = mx.zeros((0, model.decoder_args.dim), decoder.norm.weight.dtype)  # those
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self._group: int | None = None  # the token that opened a group, until its text begins
         self._fed = 0  # samples, with the silence of flushes
@@ -733,12 +735,11 @@ class Stream:
         return self.text[before:]
 
     def _decode(self, sound: mx.array) -> None:
-        """Take the next embeddings of sound [1, n, D] and generate the tokens that they allow."""
-        sound = mx.concatenate([self._sound, sound], axis=1)  # with what waited for the prompt
+        """Take the next embeddings of sound [n, D] and generate the tokens that they allow."""
+        sound = mx.concatenate([self._sound, sound])  # with what waited for the prompt
         unread: Any = None
-        while not self._ended and self._token.shape[1] <= sound.shape[1]:
-            n = self._token.shape[1]  # all of the prompt at first, then one token
-            self._token, sound = self._generate(sound[:, :n]), sound[:, n:]
+        while not self._ended and (n := len(self._token)) <= len(sound):  # the prompt's, then 1
+            self._token, sound = self._generate(sound[:n]), sound[n:]
             if unread is not None:  # reading waits for a step; meanwhile the next one runs
                 self._take(unread.item())
             unread = self._token
@@ -747,13 +748,13 @@ class Stream:
         self._sound = sound
 
     def _generate(self, sound: mx.array) -> mx.array:
-        """Submit a step with n embeddings of sound [1, n, D]; its token [1, 1] is yet to come."""
+        """Submit a step with n embeddings of sound [n, D]; its token [1] is yet to come."""
         decoder = self._model.language_model
         x = decoder(decoder.embed_tokens(self._token) + sound, self._ffn_weights, self._caches)
-        logits = decoder.embed_tokens.as_linear(x[:, -1])  # [1, vocabulary], of the last row only
+        logits = decoder.embed_tokens.as_linear(x[-1:])  # [1, vocabulary], of the last row only
         t = self._temperature
         token = mx.random.categorical(logits / t) if t > 0 else mx.argmax(logits, axis=-1)
-        mx.async_eval(token := token[None])
+        mx.async_eval(token)
         return token
 
     def _take(self, token: int) -> None:
@@ -873,7 +874,6 @@ def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
             blocks.put(None)
         except Exception as error:  # noqa: BLE001  whatever it is, the one who waits must learn it
             blocks.put(VoxtralError(f"cut short, or not sound for a pipe ({error})"))
-
     for work in (copy, read):
         threading.Thread(target=work, daemon=True).start()
     began, done, last = time.monotonic(), 0, False  # done: in blocks of 40 ms
