@@ -281,6 +281,46 @@ def test_cached_decoding_equals_recomputation():
         assert close(mx.concatenate(parts), whole)
 
 
+@contextlib.contextmanager
+def fused():
+    """On a CPU rms_norm, rope and attention are made of dozens of operations; here each is one, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx.fast, "rms_norm", lambda x, *_: mx.abs(x))
+        patch.setattr(mx.fast, "rope", lambda x, *_, **__: mx.abs(x))
+        patch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, k, v, **_: mx.depends(q, [k, v]))
+        yield
+
+
+def operations(caches, *outputs):
+    """The number of operations that wait to be submitted, with those on the buffers of the caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        mx.export_to_dot(f"{folder}/graph", *outputs, *(x for cache in caches for x in (cache.keys, cache.values)))
+        return Path(folder, "graph").read_text().count("shape=rectangle")
+
+
+def layer_operations(step):
+    """What a decoder layer adds to a step: `step` makes one of a model with so many layers, not yet evaluated."""
+    with fused():
+        one, two = (operations(*step(n_layers)) for n_layers in (1, 2))
+    return two - one
+
+
+def our_step(n_layers):
+    model = make_model(n_layers=n_layers)
+    steps = Steps(model, 40)
+    for n in (40, 1):  # prompt and first token make the buffers
+        steps._token = steps._generate(mx.zeros((n, 64)))
+    mx.eval(steps._token)
+    return steps._caches, model.language_model(mx.zeros((1, 64)), steps._ffn_weights, steps._caches)
+
+
+def test_a_step_submits_few_operations():
+    # On a GPU a step waits for the processor that submits it, so each operation counts. In a layer 17 kernels: 7
+    # products, 2 norms, 2 rotations, 2 writes to the cache, attention, gate, 2 sums. And 13 views: 7 transposed
+    # weights, 2 slices of the cache, and the heads of q, k, v, and of the output, undone.
+    assert layer_operations(our_step) == 30
+
+
 def test_adaptive_norm_folds_and_hears_the_delay():
     model = make_model()
     decoder = model.language_model
@@ -1307,13 +1347,27 @@ def work_of(cfg, seconds):
     return seconds * 50 * (e["n_layers"] * layer + convs + adapter), 4 * cfg["n_layers"] * cfg["n_kv_heads"] * cfg["head_dim"]
 
 
+def load_time(model, cfg, bits):
+    """Seconds from a converted checkpoint (in the page cache: it was written just now) to weights in place."""
+    with tempfile.TemporaryDirectory() as folder:
+        mx.save_safetensors(f"{folder}/model.safetensors", dict(tree_flatten(model.parameters())))
+        settings = {"quantization": {"group_size": 64, "bits": bits}} if bits else {}
+        Path(folder, "config.json").write_text(json.dumps(cfg | settings))
+        start = time.perf_counter()
+        mx.eval(V.prepare_model(Path(folder), None)[0].parameters())
+        return time.perf_counter() - start
+
+
 def bench_ours(cfg, bits, rates, full):
     """Rows of the table for one kind of weights: name, measured, floor."""
     bandwidth, flops = rates
     mx.reset_peak_memory()
     model = random_weights(V.Voxtral(cfg), bits)
     decoder_bytes = sum(w.nbytes for _, w in tree_flatten(model.language_model.parameters()))
-    yield "weights, GB", sum(w.nbytes for _, w in tree_flatten(model.parameters())) / 1e9, None
+    size = sum(w.nbytes for _, w in tree_flatten(model.parameters()))
+    yield "weights, GB", size / 1e9, None
+    if size < 5e9:  # the one of 9 GB is not written
+        yield "load, s", load_time(model, cfg, bits), None
     mel = mx.random.normal((30_000, 128))
     for seconds in (30, 60, 300) if full else (30, 60):
         floor = 1e3 * work_of(cfg, seconds)[0] / flops
@@ -1341,32 +1395,71 @@ def bench_ours(cfg, bits, rates, full):
 
 def bench_voxmlx(cfg, bits, rates, full):
     """The same of voxmlx, as far as it has it; its encoder has no window."""
-    from voxmlx.cache import RotatingKVCache
     from voxmlx.model import VoxtralRealtime
 
     model = random_weights(VoxtralRealtime(cfg), bits)
-    delay = model.time_embedding(mx.array([6.0]))
     mel = mx.random.normal((128, 30_000))
     for seconds in (30, 60, 300) if full else (30, 60):
         yield f"encode {seconds} s, ms", 1e3 * timed(lambda s=seconds: model.encode(mel[:, : s * 100]), 3), None
-    sound = mx.random.normal((1000, cfg["dim"])).astype(WIDE) * 0.02
     for length in (40, 1000) if full else (40,):
-        caches = [RotatingKVCache(cfg["sliding_window"]) for _ in range(cfg["n_layers"])]
-        prompt = model.language_model.embed(mx.full((1, length), 32)) + sound[None, :length]
-        token = mx.argmax(model.decode(prompt, delay, "causal", caches)[0, -1:], axis=-1).squeeze()
-        mx.eval(token)
+        yield f"step after {length}, ms", best_of(voxmlx_steps(model, cfg, length)) / 40, None
 
-        def run(caches=caches):
-            nonlocal token
-            for i in range(40):
-                x = (sound[i] + model.language_model.embed(token.reshape(1, 1))[0, 0])[None, None]
-                new = mx.argmax(model.decode(x, delay, mask=None, cache=caches)[0, -1:], axis=-1).squeeze()
-                mx.async_eval(new)
-                token.item()
-                token = new
+
+def voxmlx_steps(model, cfg, length):
+    """A function that does 40 decode steps of voxmlx, after a prompt of so many positions."""
+    from voxmlx.cache import RotatingKVCache
+
+    delay, sound = model.time_embedding(mx.array([6.0])), mx.random.normal((length + 40, cfg["dim"])).astype(WIDE) * 0.02
+    caches = [RotatingKVCache(cfg["sliding_window"]) for _ in range(cfg["n_layers"])]
+    prompt = model.language_model.embed(mx.full((1, length), 32)) + sound[None, :length]
+    token = mx.argmax(model.decode(prompt, delay, "causal", caches)[0, -1:], axis=-1).squeeze()
+    mx.eval(token)
+
+    def run():
+        nonlocal token
+        for i in range(40):
+            x = (sound[i] + model.language_model.embed(token.reshape(1, 1))[0, 0])[None, None]
+            new = mx.argmax(model.decode(x, delay, mask=None, cache=caches)[0, -1:], axis=-1).squeeze()
+            mx.async_eval(new)
             token.item()
+            token = new
+        token.item()
 
-        yield f"step after {length}, ms", best_of(run) / 40, None
+    return run
+
+
+def voxmlx_step(n_layers):
+    from voxmlx.cache import RotatingKVCache
+    from voxmlx.model import VoxtralRealtime
+
+    model, caches = VoxtralRealtime(config(n_layers=n_layers)), [RotatingKVCache(40) for _ in range(n_layers)]
+    delay = model.time_embedding(mx.array([6.0]))
+    mx.eval(model.parameters(), delay)
+    mx.eval(model.decode(mx.zeros((1, 30, 64)), delay, "causal", caches))
+    mx.eval(model.decode(mx.zeros((1, 1, 64)), delay, None, caches))
+    return caches, model.decode(mx.zeros((1, 1, 64)), delay, None, caches)
+
+
+def bench_in_turn(cfg, bits, rounds=15):
+    """Steps of both, 40 of ours, 40 of voxmlx's, and so on: neither has the better minute of the machine."""
+    from voxmlx.model import VoxtralRealtime
+
+    model, sound = random_weights(V.Voxtral(cfg), bits), mx.random.normal((200, cfg["dim"])).astype(WIDE) * 0.02
+    steps = Steps(model, 40)
+    steps._token = steps._generate(sound[:40])
+    works = {"voxtral.py": lambda: steps.run(sound[:40]).item(),
+             "voxmlx": voxmlx_steps(random_weights(VoxtralRealtime(cfg), bits), cfg, 40)}
+    times = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(best_of(work, 1) / 40)
+    best, median = ([choose(values) for values in times.values()] for choose in (min, lambda v: sorted(v)[rounds // 2]))
+    print(f"steps in turn, {kind(bits)}: " + "; ".join(
+        f"{what} {a:.2f} and voxmlx's {b:.2f} ms, {a / b:.2f} of it" for what, (a, b) in (("best", best), ("median", median))))
+
+
+def kind(bits):
+    return f"{bits}-bit" if bits else "float32" if WIDE == mx.float32 else "bf16"
 
 
 def measured_rates(full):
@@ -1388,7 +1481,7 @@ def bench(full):
     columns, table = {}, {}
     for who, measure in (("", bench_ours), ("voxmlx ", bench_voxmlx)):
         for bits in (None, 8, 6, 4):
-            name = who + (f"{bits}-bit" if bits else "float32" if WIDE == mx.float32 else "bf16")
+            name = who + kind(bits)
             try:
                 for row, value, floor in measure(cfg, bits, rates, full):
                     table.setdefault(row, {})[name] = f"{value:.2f}" + (f" ({floor:.2f})" if floor else "")
@@ -1400,6 +1493,14 @@ def bench(full):
     for row, values in table.items():
         print(f"| {row} | " + " | ".join(values.get(name, "") for name in columns) + " |")
     print("(in brackets the floor: bytes over bandwidth, or operations over the rate of a product)")
+    print(f"operations in a decoder layer of a step: {layer_operations(our_step)}", end="")
+    with contextlib.suppress(ImportError):
+        print(f"; in voxmlx's: {layer_operations(voxmlx_step)}", end="")
+    print()
+    for bits in (None, 6):
+        with contextlib.suppress(ImportError):
+            bench_in_turn(cfg, bits)
+        mx.clear_cache()
     if DIGITS.is_dir():
         bench_digits()
 
