@@ -518,6 +518,30 @@ def test_characters_split_over_tokens_and_words(loaded):
     assert broken.text == "" and broken.finish() == "\ufffd"
 
 
+def test_a_stream_may_be_fed_from_several_threads(checkpoint, noise, tmp_path):
+    # An audio callback has its own thread, and MLX computes nothing in one that was asked for in another. In a process
+    # of its own, with compilation off: at exit MLX 0.32 at times aborts after mx.compile was used in a thread.
+    np.save(tmp_path / "noise.npy", noise)
+    code = """if True:
+        import sys, threading, numpy as np, voxtral as V
+        (model, tokenizer, _), x = V.load_voxtral_model(sys.argv[1]), np.load(sys.argv[2])
+        def elsewhere(work):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        one, two, three = (V.Stream(model, tokenizer, temperature=t) for t in (0.0, 0.0, 0.5))
+        model.encode(V.log_mel_spectrogram(x))  # never computed: what it leaves behind must not matter
+        elsewhere(lambda: (one.feed(x), one.finish()))
+        for i in range(0, len(x), 3000):
+            for stream in (two, three):
+                (elsewhere if i % 9000 else lambda work: work())(lambda: stream.feed(x[i : i + 3000]))
+        two.finish(), three.finish()
+        print(len(one.tokens) > 0, one.tokens == two.tokens, len(one.tokens) == len(three.tokens))"""
+    done = subprocess.run([sys.executable, "-c", code, checkpoint, tmp_path / "noise.npy"], capture_output=True, check=False,
+                          timeout=120, env=os.environ | {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(HERE)})
+    assert done.stdout.decode().split() == ["True"] * 3, done.stderr.decode()[-800:]
+
+
 def test_flush_keeps_the_stream_open_and_its_silence_out_of_times(loaded, noise):
     model, tokenizer, _ = loaded
     stream = V.Stream(model, tokenizer, delay_ms=160)

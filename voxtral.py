@@ -187,8 +187,8 @@ class TransformerArgs:
 def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
     """What T positions from `start` on see of a buffer [T, size]: `window`, themselves last."""
     # To be added to the scores: CUDA has a fused kernel for that, and none for a boolean mask.
-    distance = mx.arange(start, start + T)[:, None] - mx.arange(size)  # [T, size]; how far back
-    return mx.where((distance >= 0) & (distance < window), 0.0, mx.finfo(dtype).min).astype(dtype)
+    distance = np.arange(start, start + T)[:, None] - np.arange(size)  # [T, size]; how far back
+    return mx.array(np.where((distance >= 0) & (distance < window), 0, mx.finfo(dtype).min), dtype)
 
 class KVCache:
     """Rotated keys, and values, of the last `window` positions, oldest first; and their attention.
@@ -353,8 +353,7 @@ class Voxtral(nn.Module):
         self.adapter.w_in = nn.Linear(encoder.dim * factor, decoder.dim, bias=False)
         self.adapter.w_out = nn.Linear(decoder.dim, decoder.dim, bias=False)
         self.language_model = Decoder(decoder, self.vocab_size, ada_dim)
-        # Of a long signal so many tokens are embedded at once: four windows keep a GPU busy.
-        self.block = max(1, 4 * encoder.sliding_window // factor)
+        self.block = max(1, 4 * encoder.sliding_window // factor)  # in tokens; keeps a GPU busy
 
     def audio_memory(self) -> tuple[Carry, Carry, list[KVCache]]:
         """What a stream's encoder remembers between two pieces of sound; of nothing yet."""
@@ -664,8 +663,8 @@ class Stream:
 
     `delay_ms`, a multiple of 80 from 80 to 2400, is how long the model listens on before it commits
     itself (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words`
-    and `tokens` hold all there is so far; besides them, memory does not grow. Raises VoxtralError
-    for an impossible delay, and for samples that are not finite floats in one dimension.
+    and `tokens` hold all there is so far; else memory does not grow. One call at a time, from any
+    thread. Raises VoxtralError for an impossible delay, or samples other than finite floats [n].
     """
     def __init__(self, model: Voxtral, tokenizer: Any, *,
                  delay_ms: float | None = None, temperature: float = 0.0):
@@ -684,12 +683,13 @@ class Stream:
         self._samples = Carry(self._frame - mel.hop_length + mel.window_size, self._frame, zeros)
         self._memory = model.audio_memory()  # the encoder's
         self._ffn_weights = decoder.ffn_weights(self._delay)  # the same for all its steps
+        mx.eval(self._ffn_weights)  # now: MLX cannot do in another thread what was asked for here
         self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]  # the decoder's
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
         prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
         self._token = mx.array(prompt)  # [n]: what the next n embeddings of sound go with
-        self._sound = mx.zeros((0, model.decoder_args.dim), decoder.norm.weight.dtype)  # those
+        self._sound = mx.array(np.zeros((0, model.decoder_args.dim)), decoder.norm.weight.dtype)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self._group: int | None = None  # the token that opened a group, until its text begins
         self._fed = 0  # samples, with the silence of flushes
@@ -732,20 +732,20 @@ class Stream:
             if len(windows):
                 mel = self._model.spectrogram.frames(windows)
                 self._decode(self._model.embed_audio(mel[None], self._memory))
+        mx.eval(self._sound, [carry.rest for carry in self._memory[:2]])  # for another thread, too
         return self.text[before:]
 
     def _decode(self, sound: mx.array) -> None:
         """Take the next embeddings of sound [n, D] and generate the tokens that they allow."""
-        sound = mx.concatenate([self._sound, sound])  # with what waited for the prompt
+        self._sound = mx.concatenate([self._sound, sound])  # with what waited for the prompt
         unread: Any = None
-        while not self._ended and (n := len(self._token)) <= len(sound):  # the prompt's, then 1
-            self._token, sound = self._generate(sound[:n]), sound[n:]
+        while not self._ended and (n := len(self._token)) <= len(self._sound):  # the prompt's, 1
+            self._token, self._sound = self._generate(self._sound[:n]), self._sound[n:]
             if unread is not None:  # reading waits for a step; meanwhile the next one runs
                 self._take(unread.item())
             unread = self._token
         if unread is not None:
             self._take(unread.item())
-        self._sound = sound
 
     def _generate(self, sound: mx.array) -> mx.array:
         """Submit a step with n embeddings of sound [n, D]; its token [1] is yet to come."""
