@@ -223,11 +223,11 @@ class KVCache:
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
         attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
-        q, out = self.rope(q, offset=start), []
+        q, size, out = self.rope(q, offset=start), self.keys.shape[2], []
         for i in range(start, self.length, w):  # by windows: a query meets two of them at most
             end = min(i + w, self.length)
-            # A few rows take the whole buffer: CUDA plans slowly for each new shape.
-            a, b = (0, self.keys.shape[2]) if 1 < T <= w else (max(first, i + 1 - w), end)
+            # While a window fills, rows take the whole buffer: CUDA plans slowly for each new shape.
+            a, b = (0, size) if 1 < T <= w and i + 1 < w else (max(first, i + 1 - w), end)
             keys, values = self.keys[:, :, a:b], self.values[:, :, a:b]  # views of the buffer
             if T == 1:  # sees all that is kept
                 return attend(q, keys, values)
