@@ -226,7 +226,7 @@ class KVCache:
         q, size, out = self.rope(q, offset=start), self.keys.shape[2], []
         for i in range(start, self.length, w):  # by windows: a query meets two of them at most
             end = min(i + w, self.length)
-            # While a window fills, rows take the whole buffer: CUDA plans slowly for each new shape.
+            # While a window fills, rows take the whole buffer: CUDA is slow to plan for new shapes.
             a, b = (0, size) if 1 < T <= w and i + 1 < w else (max(first, i + 1 - w), end)
             keys, values = self.keys[:, :, a:b], self.values[:, :, a:b]  # views of the buffer
             if T == 1:  # sees all that is kept
