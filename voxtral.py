@@ -739,7 +739,7 @@ class Stream:
         """Take the next embeddings of sound [n, D] and generate the tokens that they allow."""
         self._sound = mx.concatenate([self._sound, sound])  # with what waited for the prompt
         unread: Any = None
-        while not self._ended and (n := len(self._token)) <= len(self._sound):  # the prompt's, 1
+        while not self._ended and (n := len(self._token)) <= len(self._sound):  # prompt, then one
             self._token, self._sound = self._generate(self._sound[:n]), self._sound[n:]
             if unread is not None:  # reading waits for a step; meanwhile the next one runs
                 self._take(unread.item())
