@@ -1420,9 +1420,7 @@ def bench_ours(cfg, bits, rates, full):
 
 def bench_voxmlx(cfg, bits, rates, full):
     """The same of voxmlx, as far as it has it; its encoder has no window."""
-    from voxmlx.model import VoxtralRealtime
-
-    model = random_weights(VoxtralRealtime(cfg), bits)
+    model = voxmlx_model(cfg, bits)
     mel = mx.random.normal((128, 30_000))
     for seconds in (30, 60, 300) if full else (30, 60):
         yield f"encode {seconds} s, ms", 1e3 * timed(lambda s=seconds: model.encode(mel[:, : s * 100]), 3), None
@@ -1453,6 +1451,44 @@ def voxmlx_steps(model, cfg, length):
     return run
 
 
+def mlx_audio_model(cfg, bits):
+    from mlx_audio.stt.models.voxtral_realtime import Model, ModelConfig
+
+    encoder = cfg["multimodal"]["whisper_model_args"]["encoder_args"]
+    model = random_weights(Model(ModelConfig.from_dict({"encoder_args": encoder, "decoder": cfg})), bits)
+    model.decoder.precompute_ada_scales(mx.random.normal((cfg["dim"],)).astype(WIDE))
+    mx.eval(model.decoder._ada_scales)
+    return model
+
+
+def bench_mlx_audio(cfg, bits, rates, full):
+    """The same of mlx-audio; its encoder has the window."""
+    model, mel = mlx_audio_model(cfg, bits), mx.random.normal((128, 30_000))
+    for seconds in (30, 60, 300) if full else (30, 60):
+        yield f"encode {seconds} s, ms", 1e3 * timed(lambda s=seconds: model.encoder(mel[:, : s * 100]), 3), None
+    for length in (40, 1000) if full else (40,):
+        yield f"step after {length}, ms", best_of(mlx_audio_steps(model, cfg, length)) / 40, None
+
+
+def mlx_audio_steps(model, cfg, length):
+    decoder, sound = model.decoder, mx.random.normal((length + 40, cfg["dim"])).astype(WIDE) * 0.02
+    x, caches = decoder.forward(decoder.embed_tokens(mx.full((length,), 32)) + sound[:length])
+    token, at = mx.argmax(decoder.logits(x[-1:]), axis=-1), length
+    mx.eval(token)
+
+    def run():
+        nonlocal token, at
+        for i in range(40):
+            x, _ = decoder.forward(decoder.embed_tokens(token) + sound[i : i + 1], start_pos=at, cache=caches)
+            new = mx.argmax(decoder.logits(x), axis=-1)
+            mx.async_eval(new)
+            token.item()
+            token, at = new, at + 1
+        token.item()
+
+    return run
+
+
 def voxmlx_step(n_layers):
     from voxmlx.cache import RotatingKVCache
     from voxmlx.model import VoxtralRealtime
@@ -1466,21 +1502,27 @@ def voxmlx_step(n_layers):
 
 
 def bench_in_turn(cfg, bits, rounds=15):
-    """Steps of both, 40 of ours, 40 of voxmlx's, and so on: neither has the better minute of the machine."""
-    from voxmlx.model import VoxtralRealtime
-
+    """Steps of all, 40 of ours, 40 of a peer's, and so on: nobody has the better minute of the machine."""
     model, sound = random_weights(V.Voxtral(cfg), bits), mx.random.normal((200, cfg["dim"])).astype(WIDE) * 0.02
     steps = Steps(model, 40)
     steps._token = steps._generate(sound[:40])
-    works = {"voxtral.py": lambda: steps.run(sound[:40]).item(),
-             "voxmlx": voxmlx_steps(random_weights(VoxtralRealtime(cfg), bits), cfg, 40)}
+    works = {"voxtral.py": lambda: steps.run(sound[:40]).item()}
+    with contextlib.suppress(ImportError):
+        works["voxmlx"] = voxmlx_steps(voxmlx_model(cfg, bits), cfg, 40)
+    with contextlib.suppress(ImportError):
+        works["mlx-audio"] = mlx_audio_steps(mlx_audio_model(cfg, bits), cfg, 40)
     times = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(best_of(work, 1) / 40)
-    best, median = ([choose(values) for values in times.values()] for choose in (min, lambda v: sorted(v)[rounds // 2]))
-    print(f"steps in turn, {kind(bits)}: " + "; ".join(
-        f"{what} {a:.2f} and voxmlx's {b:.2f} ms, {a / b:.2f} of it" for what, (a, b) in (("best", best), ("median", median))))
+    print(f"steps in turn, {kind(bits)}, best and median, ms: " + ", ".join(
+        f"{name} {min(values):.2f} {sorted(values)[rounds // 2]:.2f}" for name, values in times.items()))
+
+
+def voxmlx_model(cfg, bits):
+    from voxmlx.model import VoxtralRealtime
+
+    return random_weights(VoxtralRealtime(cfg), bits)
 
 
 def kind(bits):
@@ -1497,15 +1539,15 @@ def measured_rates(full):
 
 def bench(full):
     """A table of times beside their floors; `full`: the real model's sizes, else those of the tests."""
-    cfg = config(**FULL) if full else config()
+    cfg = config(**FULL) if full else config(sliding_window=2048)
     if full:
         cfg["multimodal"]["whisper_model_args"]["encoder_args"] |= FULL_ENCODER
     rates = measured_rates(full)
     print(f"MLX {mx.__version__} on {mx.device_info().get('device_name', mx.default_device())}; measured here: "
           f"copy {rates[0] / 1e9:,.0f} GB/s, products {rates[1] / 1e12:,.3f} T/s, which give the floors")
     columns, table = {}, {}
-    for who, measure in (("", bench_ours), ("voxmlx ", bench_voxmlx)):
-        for bits in (None, 8, 6, 4):
+    for who, measure in (("", bench_ours), ("voxmlx ", bench_voxmlx), ("mlx-audio ", bench_mlx_audio)):
+        for bits in (None, 8, 6, 4) if who != "mlx-audio " else (None, 6):
             name = who + kind(bits)
             try:
                 for row, value, floor in measure(cfg, bits, rates, full):
@@ -1523,8 +1565,7 @@ def bench(full):
         print(f"; in voxmlx's: {layer_operations(voxmlx_step)}", end="")
     print()
     for bits in (None, 6):
-        with contextlib.suppress(ImportError):
-            bench_in_turn(cfg, bits)
+        bench_in_turn(cfg, bits)
         mx.clear_cache()
     if DIGITS.is_dir():
         bench_digits()
