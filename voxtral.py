@@ -247,7 +247,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, args.dim, bias=bias)
 
     def __call__(self, x: mx.array, cache: KVCache, B: int) -> mx.array:
-        T = x.shape[0] // B
+        T = x.shape[0] // B  # x [B * T, D] -> the same
         # One row needs no swap: [B, 1, H * head_dim] and [B, H, 1, head_dim] are the same numbers.
         heads = (B, -1, 1, self.head_dim) if T == 1 else (B, T, -1, self.head_dim)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -695,7 +695,7 @@ class Stream:
         self._fed = 0  # samples, with the silence of flushes
         self._pause = (0, 0, 0)  # of the last flush, in samples: start, silence, all silence before
         self._end = math.inf  # of the recording, in frames, once finish knows
-        self._ended, self._ids = False, dict[int, int]()  # _ids: one object for each id
+        self._ended, self._ids = False, dict[int, int]()
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
@@ -732,7 +732,7 @@ class Stream:
             if len(windows):
                 mel = self._model.spectrogram.frames(windows)
                 self._decode(self._model.embed_audio(mel[None], self._memory))
-        mx.eval(self._sound, [carry.rest for carry in self._memory[:2]])  # for another thread, too
+        mx.eval(self._sound, [carry.rest for carry in self._memory[:2]])  # now, as in __init__
         return self.text[before:]
 
     def _decode(self, sound: mx.array) -> None:
