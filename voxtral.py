@@ -1,4 +1,15 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   'mlx>=0.32.0; sys_platform == "darwin" or sys_platform == "win32"',
+#   'mlx[cpu]>=0.32.0; sys_platform == "linux"',
+#   'mlx-cpu>=0.32.0; sys_platform == "win32"',
+#   'huggingface_hub>=1.0',
+#   'mistral-common[audio]>=1.10.0',
+#   'numpy>=2.0',
+# ]
+# ///
 """Voxtral Mini 4B Realtime, Mistral's streaming speech-to-text model, in one file of MLX.
 
     python voxtral.py speech.wav                                 # the words, as they are decoded
@@ -14,28 +25,37 @@ The model is a pipe. Sound goes in at one end and text comes out at the other, a
           window 400     conv 3        32 layers,        groups of 4       26 layers, one
           hop 160        conv 3 / 2    15 s of memory    side by side      token per 80 ms
 
-Whisper, the textbook model, takes 30 s at a time: an encoder that looks both ways over all of it,
-then a decoder that writes as many tokens as it likes and finds its place by cross-attention.
-Voxtral Realtime differs in three ways, and each makes it a stream:
+Whisper takes 30 s at a time: an encoder that looks both ways over all of it, then a decoder that
+writes as many tokens as it likes and finds its place by cross-attention. Voxtral Realtime differs
+in three ways, and each makes it a stream:
 
   causal    No part looks ahead. The convolutions look back, and attention sees the last `window`
-            positions: 750 frames (15 s) in the encoder, 8192 tokens (11 min) in the decoder. What
-            was computed stays valid whatever is said next, and memory does not grow.
-  added     There is no cross-attention. At every position the decoder's input is the embedding of
-            the last text token *plus* that of 80 ms of sound, and it writes exactly one token:
-            mostly [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], which announces a word,
-            whose tokens follow, one per frame.
-  delayed   The text runs some frames behind the sound: a longer delay hears more, errs less and
+            positions: 750 encoder frames (15 s), 8192 tokens (11 min) in the decoder. What was
+            computed stays valid whatever is said next, and memory does not grow.
+  added     There is no cross-attention. The decoder's input at each position is the embedding of
+            the last token *plus* that of 80 ms of sound, and its output exactly one token: mostly
+            [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], a word is over, and then that
+            word's tokens, one per step.
+  delayed   The text runs some steps behind the sound: a longer delay hears more, errs less and
             answers later. One set of weights serves delays from 80 ms to 2.4 s; a small network
-            turns the one it works at into a scale on the norms of the decoder.
+            turns the delay into a scale on the norms of the decoder.
 
-So a file is a stream that arrives at once, and there is one path through the code: `Stream.feed`
-any number of samples, then `Stream.finish`; `transcribe` is just these two.
+So a file is a stream that arrives at once, and the code has one path: `Stream.feed` any number of
+samples, then `Stream.finish`. `transcribe` is just these two.
 
-Letters in shapes: B batch (1 in a stream), F mel frames, T new positions, D dim, H heads, C
-channels. Sources: the Voxtral Realtime report (arXiv 2602.11298); delayed streams (Kyutai, arXiv
-2509.08753); params.json of mistralai/Voxtral-Mini-4B-Realtime-2602; and mistral-common, which owns
-the tokenizer and every constant of the audio format.
+Words that have one meaning in this file:
+
+  mel frame       one column of the spectrogram, 10 ms
+  encoder frame   20 ms
+  step            80 ms: 1,280 samples, 8 mel frames, 4 encoder frames, 1 audio embedding, 1 token
+  delay           how many steps the text runs behind the sound
+  token           an id, never a duration
+  recording       what a user hands over; B of them can run in lockstep
+
+Letters in shapes: B recordings, F mel frames, T new positions, D dim, H heads, C channels. Sources:
+the Voxtral Realtime report (arXiv 2602.11298); delayed streams (Kyutai, arXiv 2509.08753);
+params.json of mistralai/Voxtral-Mini-4B-Realtime-2602; and mistral-common, which owns the tokenizer
+and every constant of the audio format.
 """
 
 from __future__ import annotations
@@ -43,6 +63,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import html
 import io
 import itertools
 import json
@@ -50,12 +71,18 @@ import math
 import os
 import queue
 import re
+import shutil
+import signal
+import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -66,200 +93,363 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-# mistral-common, huggingface_hub, soundfile, soxr are slow to import: only where they are needed.
+# mistral-common, huggingface_hub, soundfile and soxr are slow to import, so the functions that
+# need them import them.
 
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
 SAMPLE_RATE = 16_000  # load_voxtral_model checks that the tokenizer says so too
+DELAYS_MS = (*range(80, 1201, 80), 2400)  # those that the model was trained with
+
 
 class VoxtralError(Exception):
     """A mistake that the user can mend; the message says what is wrong, on one line."""
 
+
 # ------------------------------------------------------------------------------------------- audio
 # Sound to a log-mel spectrogram. The numbers are those of mistral-common's AudioSpectrogramConfig.
 
-def load_audio(path: str | Path) -> np.ndarray:
-    """Read an audio file as float32 mono samples [n] at 16 kHz, nominally within -1..1.
 
-    Whatever libsndfile reads (wav, flac, ogg, mp3, aiff), any rate; channels are averaged. Raises
-    OSError, and VoxtralError for what is not such a file, cut short, empty or not finite.
+def load_audio(path: str | Path) -> np.ndarray:
+    """Read an audio file as float32 mono samples [n] at 16 kHz, within about -1..1.
+
+    libsndfile reads wav, flac, ogg, mp3 and more; ffmpeg, where it is installed, reads what
+    libsndfile refuses or leaves a part of. Channels are averaged. Warns where a part is missing.
+    Raises OSError, and VoxtralError for what holds no sound.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise VoxtralError(f"{path}: a pipe or device; to read it: python voxtral.py - < {path}")
+    samples, problem = decode(path)
+    if problem and shutil.which("ffmpeg"):
+        done = subprocess.run(ffmpeg(f"file:{path}", "f32le"), capture_output=True, check=False)
+        more = np.frombuffer(done.stdout[: len(done.stdout) // 4 * 4], "<f4")
+        if len(more) >= len(samples) - 1600:  # as much, or more; a codec's delay makes no difference
+            samples = more
+            problem = ffmpeg_error(done) if done.returncode else problem * ("cut short" in problem)
+    elif problem:
+        problem += "; ffmpeg, which is not installed, may read more"
+    if not len(samples):
+        raise VoxtralError(f"{path}: {problem or 'holds no samples'}")
+    if problem:
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
+    return as_samples(samples)
+
+
+def decode(path: str | Path) -> tuple[np.ndarray, str]:
+    """The samples that libsndfile reads of a file, and what is wrong with them, or ""."""
+    blocks = [np.zeros(0, np.float32)]
+    with open(path, "rb") as file, silent_stderr():
+        is_wav = re.match(rb"RI?F[F4]....WAVE", file.read(12), re.DOTALL)
+        file.seek(0)
+        try:
+            blocks += to_16k(wav_blocks(file.read) if is_wav else file_blocks(file))
+        except EOFError as error:
+            return np.concatenate(blocks), str(error)
+        except (RuntimeError, struct.error, KeyError):
+            return np.concatenate(blocks), "damaged, or no sound that libsndfile reads"
+        # A header may lie about the length. What counts is where the reader stands now.
+        rest = file.read().strip(b"\0")
+    if not rest or re.match(rb"TAG|(?!RIFF|FORM|OggS|fLaC)[A-Za-z0-9 ]{4}", rest):
+        return np.concatenate(blocks), ""  # nothing but tags
+    return np.concatenate(blocks), f"the last {len(rest):,} bytes were not read"
+
+
+def file_blocks(file: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """What libsndfile reads of an open file: the rate in Hz, and samples [n, channels]."""
+    import soundfile  # type: ignore[import-untyped]
+
+    with soundfile.SoundFile(file) as sound:
+        sound.seekable = lambda: False  # else it stops at the length that the header states
+        left = sound.frames
+        while len(block := sound.read(1 << 16, dtype="float32", always_2d=True)):
+            left -= len(block)
+            yield sound.samplerate, block
+        # The length of an mp3 may be an estimate, that of an endless one is huge.
+        if sound.samplerate < left < 1 << 48 and left > 0.05 * sound.frames:
+            raise EOFError(f"cut short: {left / sound.samplerate:.1f} s are missing")
+
+
+def wav_blocks(read: Callable[[int], bytes]) -> Iterator[tuple[int, np.ndarray]]:
+    """A WAV stream in blocks of 40 ms: the rate in Hz, and samples [n, channels].
+
+    Nothing is sought, so it may be a pipe. If its writer did not know the size, or did not live to
+    note it, it is 0 or about 2 or 4 GiB, and the sound goes on to the end.
     """
     import soundfile  # type: ignore[import-untyped]
-    try:
-        with open(path, "rb") as file, soundfile.SoundFile(file) as sound:
-            samples = np.concatenate(list(to_16k(sound, 1 << 16)))
-            missing, log = sound.frames - sound.tell(), sound.extra_info
-    except soundfile.SoundFileError as error:
-        raise VoxtralError(f"{path}: damaged, or no audio that libsndfile reads; if ffmpeg does:"
-                           " ffmpeg -i FILE -f wav - | python voxtral.py -") from error
-    # What is left of a file that was cut short is read without an error; only the log tells. A
-    # size near 2 or 4 GiB is no promise: it was written to a pipe, before the size was known.
-    sizes = re.findall(r": (\d+) \(should be (\d+)\)", log)
-    cut = any(int(real) < int(claimed) < 0x7FFF0000 for claimed, real in sizes)
-    if cut or missing > 0 or re.search("(?i)(without an|lacks an) end-of-stream", log):
-        raise VoxtralError(f"{path}: the file is cut short")
-    if len(samples) == 0 or not np.isfinite(samples).all():
-        raise VoxtralError(f"{path}: holds no samples, or some that are NaN or infinite")
-    return samples
 
-def to_16k(sound: Any, n: int) -> Iterator[np.ndarray]:
-    """An open soundfile.SoundFile, n of its samples at a time -> blocks of mono sound at 16 kHz."""
+    read(12)  # RIFF, a size that nobody needs, WAVE
+    chunks: dict[bytes, bytes] = {}
+    name, size = struct.unpack("<4sI", read(8))
+    while name != b"data":
+        chunks[name] = read(size + size % 2)
+        name, size = struct.unpack("<4sI", read(8))
+    if b"ds64" in chunks:
+        size = int.from_bytes(chunks[b"ds64"][8:16], "little")
+    form = chunks[b"fmt "]
+    _, channels, rate, _, unit, bits = struct.unpack("<HHIIHH", form[:16])
+    least = unit * max(1, rate * channels * bits // 200 // max(1, unit))  # bytes in 40 ms
+    known = 0 < size < 0x7F000000 or size > 0xFFFFFFFF
+    left = size if known else math.inf
+    while left > 0 and (data := read(int(min(left, least)))):
+        left -= len(data)
+        head = b"RIFF" + struct.pack("<I8sI", 36, b"WAVEfmt ", len(form)) + form
+        whole = io.BytesIO(head + b"data" + struct.pack("<I", len(data)) + data)
+        yield rate, soundfile.read(whole, dtype="float32", always_2d=True)[0]
+    if known and left > 0:
+        raise EOFError(f"cut short: {left:,} bytes are missing")
+
+
+def to_16k(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Blocks of one rate in Hz, samples [n, channels] -> blocks of mono samples at 16 kHz."""
     import soxr  # type: ignore[import-untyped]
-    rate = sound.samplerate  # of the file, in Hz
-    if rate < 1000:
-        raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
-    # To the first empty block: the number of samples that a header promises may be anything.
-    while len(block := sound.read(n, dtype="float32", always_2d=True)):
-        mono = block.mean(axis=1)  # [n, channels] -> [n]
+
+    resampler = None
+    for rate, block in blocks:
+        if rate < 1000:
+            raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
+        resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+        mono = block.mean(axis=1)
         yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
-    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    if resampler:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def as_samples(samples: Any) -> np.ndarray:
+    """Check samples [n], finite floats within about -1..1 or int16, and return them as float32."""
+    samples = np.asarray(samples)
+    if samples.dtype == np.int16:
+        samples = samples / np.float32(32768)
+    if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all():
+        raise VoxtralError("samples must be int16 or finite floats (not NaN or infinite), [n]")
+    if np.abs(samples).max(initial=0) > 1000:
+        raise VoxtralError("samples far outside -1..1: these look like int16 values as floats")
+    return samples.astype(np.float32, copy=False)
+
+
+def ffmpeg(source: str, form: str) -> list[str]:
+    """The command that decodes the first sound of `source` to mono at 16 kHz."""
+    # Timestamps jump where files were joined; asetpts counts samples instead.
+    return ["ffmpeg", "-nostdin", "-v", "error", "-i", source, "-map", "0:a:0",
+            "-af", "asetpts=N/SR/TB", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", form, "-"]
+
+
+def ffmpeg_error(done: Any) -> str:
+    """The first line of a finished ffmpeg's complaint."""
+    return "ffmpeg: " + done.stderr.decode(errors="replace").strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """libmpg123 prints remarks to descriptor 2; meanwhile that is /dev/null."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
 
 @dataclass(frozen=True)
 class Spectrogram:
-    """The log-mel front end; the defaults are the published model's."""
-    num_mel_bins: int = 128  # up to half the sampling rate, evenly on Slaney's scale
+    """The log-mel front end; the defaults are those of params.json and mistral-common."""
+
+    num_mel_bins: int = 128  # bands up to half the sampling rate, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
     window_size: int = 400  # samples: 25 ms
-    global_log_mel_max: float = 1.5  # what log10 of the power is taken to reach at most
+    global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
 
-    def frames(self, samples: np.ndarray) -> mx.array:
-        """Log-mel [F, num_mel_bins] float32 of the F whole windows in `samples` [n]."""
+    def mel_frames(self, samples: np.ndarray) -> mx.array:
+        """Log-mel of every whole window in samples [..., n] -> float32 [..., F, num_mel_bins]."""
         from mistral_common.audio import mel_filter_bank
+
         bins = self.window_size // 2 + 1
         bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
-        # Periodic, not symmetric: numpy's window of one more sample without its last.
+        # A periodic Hann window, as torch.stft has it; numpy's is symmetric.
         hann = np.hanning(self.window_size + 1)[:-1].astype(np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size)  # a view
-        spectrum = np.fft.rfft(windows[:: self.hop_length] * hann)  # [F, bins]
-        power = (np.abs(spectrum) ** 2).astype(np.float32)  # [F, bins]
-        log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))  # [F, num_mel_bins]
-        # Whisper clips at 8 below the loudest sound of the clip. A stream cannot know that, so a
-        # constant of training stands in for it.
+        windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size, axis=-1)
+        spectrum = np.fft.rfft(windows[..., :: self.hop_length, :] * hann)  # [..., F, bins]
+        power = (np.abs(spectrum) ** 2).astype(np.float32)
+        log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))  # [..., F, num_mel_bins]
+        # Whisper clips at 8 below the loudest sound of the recording. A stream cannot know how
+        # loud the rest will be, so a constant takes its place.
         return mx.array((np.maximum(log, self.global_log_mel_max - 8) + 4) / 4)
+
 
 def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
     """Log-mel of a whole signal: 16 kHz samples [n] -> [n // 160, 128] float32.
 
-    Frame f is centred on sample 160 f, with silence around; as in Whisper, the last is dropped.
+    Mel frame f is centred on sample 160 f, in silence; as in Whisper, the last one is dropped.
     """
     padded = np.pad(np.asarray(samples, np.float32), spectrogram.window_size // 2)
-    return spectrogram.frames(padded)[: len(samples) // spectrogram.hop_length]
+    return spectrogram.mel_frames(padded)[: len(samples) // spectrogram.hop_length]
 
+
+@dataclass
 class Carry:
-    """What windows that move along a signal still need of its past.
+    """What a window that moves along a signal still needs of the signal's past.
 
-    They have `kernel` inputs and move by `stride` <= `kernel`; `zeros` stand before the signal.
-    After n windows the next begins at input n * stride: from there on everything is kept. (The last
-    kernel - stride inputs look like the same, and lack some when a chunk ends between windows.)
+    After n windows the next one begins at input n * stride, so everything from there on is kept.
+    Example with kernel 3, stride 2 and inputs x0 x1 x2 x3: the window x0-x2 is complete, the next
+    begins at x2, so x2 and x3 are kept. (Keeping the last kernel - stride inputs instead would lose
+    x2 whenever a chunk ends between two windows.)
     """
-    def __init__(self, kernel: int, stride: int, zeros: int):
-        self.kernel, self.stride, self.zeros = kernel, stride, zeros
-        self.rest: Any = None  # [..., n, C], of the signal's own array type
+
+    kernel: int  # inputs that the window covers
+    stride: int  # by how many it moves, at most `kernel`
+    zeros: int  # how many stand in front of the signal
+    rest: Any = None  # [..., n, C], a numpy or MLX array like the signal
 
     def __call__(self, x: Any) -> Any:
         """The next inputs [..., n, C] -> the inputs [..., m, C] of the windows they complete."""
         xp: Any = np if isinstance(x, np.ndarray) else mx
         if self.rest is None:
             self.rest = xp.zeros((*x.shape[:-2], self.zeros, x.shape[-1]), x.dtype)
-        x = xp.concatenate([self.rest, x], axis=-2)  # [..., all that is known and needed, C]
+        x = xp.concatenate([self.rest, x], axis=-2)
         windows = max(0, (x.shape[-2] - self.kernel) // self.stride + 1)
         end = (windows - 1) * self.stride + self.kernel if windows else 0
         self.rest = x[..., windows * self.stride :, :]
         return x[..., :end, :]
 
+
 # --------------------------------------------------------------------------------------- attention
-# What encoder and decoder share. Names and sizes are those of params.json.
+# What encoder and decoder share. Only attention and the convolutions look at several positions, so
+# everywhere else activations are rows [B * T, D], all positions of all recordings one below the
+# other. MLX multiplies rows in one product, but a stack of B matrices more slowly or one by one.
+
 
 @dataclass(frozen=True)
 class TransformerArgs:
     """The sizes of a transformer, from one section of params.json."""
+
     dim: int  # of the vector at a position
     n_layers: int
     n_heads: int  # of queries
-    n_kv_heads: int  # of keys and values, each for n_heads / n_kv_heads of queries
-    head_dim: int  # of a query, key or value; n_heads of them need not add up to dim
-    hidden_dim: int  # inside the feed-forward part
+    n_kv_heads: int  # of keys and values; each serves n_heads / n_kv_heads heads of queries
+    head_dim: int  # of a query, key or value; n_heads * head_dim need not be dim
+    hidden_dim: int  # inside the feed-forward network
     sliding_window: int  # positions that attention sees, its own included
-    rope_theta: float  # rotary pairs turn in 2 pi to (nearly) 2 pi * this positions
+    rope_theta: float  # base of the rotary frequencies
     norm_eps: float  # added to the mean square before the root
 
-@lru_cache(maxsize=4)  # the layers of a stack ask for the same one
+
+@lru_cache(maxsize=4)  # all layers of a stack ask for the same mask
 def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
-    """What T positions from `start` on see of a buffer [T, size]: `window`, themselves last."""
-    # To be added to the scores: CUDA has a fused kernel for that, and none for a boolean mask.
-    distance = np.arange(start, start + T)[:, None] - np.arange(size)  # [T, size]; how far back
-    return mx.array(np.where((distance >= 0) & (distance < window), 0, mx.finfo(dtype).min), dtype)
+    """Mask [T, size] for queries at positions start, start + 1, ... of a buffer of `size` keys.
+
+    Query i sees keys i - window + 1 .. i. The mask is added to the scores: CUDA has a fused kernel
+    for that, and none for a boolean one.
+    """
+    back = np.arange(start, start + T)[:, None] - np.arange(size)  # from query to key
+    return mx.array(np.where((back >= 0) & (back < window), 0, mx.finfo(dtype).min), dtype)
+
 
 class KVCache:
-    """Rotated keys, and values, of the last `window` positions, oldest first; and their attention.
+    """Rotated keys, and values, of the last `window` positions of B recordings.
 
-    The buffer is appended to in place; a full one is replaced by one with as much room again, which
-    starts with the entries still in the window. A position is an *index into the buffer*: attention
-    sees only differences, so the kept keys are turned back to the new origin, each at most once.
-    Counted from the start of the stream, positions would reach 4.3 million in a day, and float32
-    angles be wrong by 0.25 rad.
+    New entries are appended to a buffer in place; a full buffer is replaced by one that begins with
+    the last `window - 1` entries. A position is an index into the buffer, not the time since the
+    stream began: attention depends on distances alone, and small positions keep float32 angles
+    exact after days. So the kept keys are rotated back by the distance that they move.
+
+    Capacities are 255, 511, ... up to 2 * window - 1. They are few, because CUDA plans kernels for
+    each new shape, and odd, because MLX 0.32 on CUDA computes wrong numbers from a view that does
+    not begin at 0 if the capacity of the buffer is a multiple of 256.
     """
-    def __init__(self, args: TransformerArgs):
-        self.window, self.length = args.sliding_window, 0
-        sizes: Any = {"dims": args.head_dim, "base": args.rope_theta, "scale": 1.0}
-        self.rope: Any = partial(mx.fast.rope, traditional=True, **sizes)  # turns neighbours
-        self.keys = self.values = mx.zeros((0, 0, 0))  # the first call makes the buffers
 
-    def __call__(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """T new positions [B, H, T, head_dim], not rotated yet -> what they see, shaped like q."""
-        T, kept, w = k.shape[2], min(self.length, self.window - 1), self.window
-        first = self.length - kept  # of the entries that are still in the window
+    def __init__(self, args: TransformerArgs, batch: int = 1):
+        self.batch = batch
+        self.window = args.sliding_window
+        self.rope_theta = args.rope_theta
+        self.length = 0  # entries in the buffer
+        self.keys = mx.zeros((0, 0, 0, 0))  # [B, n_kv_heads, capacity, head_dim] after an update
+        self.values = self.keys
+        # Rotary embedding turns neighbouring pairs of numbers (traditional=True), not half-splits.
+        self.rope = partial(mx.fast.rope, dims=args.head_dim, traditional=True,
+                            base=args.rope_theta, scale=1.0)
+
+    def update(self, q: mx.array, k: mx.array, v: mx.array) -> tuple:
+        """Append T new positions: q [B, n_heads, T, head_dim], k, v [B, n_kv_heads, T, head_dim].
+
+        Returns q rotated, keys, values [B, n_kv_heads, seen, head_dim], and mask [T, seen] or None.
+        """
+        T = k.shape[2]
         if self.length + T > self.keys.shape[2]:
-            old_k = old_v = k[:, :, :0]  # [B, H, 0, head_dim]
-            if kept:
-                old_k, old_v = (x[:, :, first : self.length] for x in (self.keys, self.values))
-                # All turn by one angle: as if each were alone, at position 0, in a batch of keys.
-                old_k = self.rope(old_k.swapaxes(0, 2), offset=-first).swapaxes(0, 2)
-            room = mx.zeros((*k.shape[:2], max(T, kept), k.shape[3]), k.dtype)
-            self.keys = mx.concatenate([old_k, room], axis=2)
-            self.values = mx.concatenate([old_v, room], axis=2)
-            first, self.length = 0, kept
-        start, self.length = self.length, self.length + T  # of the new positions
+            self.renew(k, v)
+        start = self.length
+        self.length += T
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
-        attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[3] ** -0.5)
-        q, size, out = self.rope(q, offset=start), self.keys.shape[2], []
-        for i in range(start, self.length, w):  # by windows: a query meets two of them at most
-            end = min(i + w, self.length)
-            # While a window fills, rows take the whole buffer: CUDA is slow to plan for new shapes.
-            a, b = (0, size) if 1 < T <= w and i + 1 < w else (max(first, i + 1 - w), end)
-            keys, values = self.keys[:, :, a:b], self.values[:, :, a:b]  # views of the buffer
-            if T == 1:  # sees all that is kept
-                return attend(q, keys, values)
-            mask = window_mask(i - a, end - i, b - a, w, q.dtype)
-            out.append(attend(q[:, :, i - start : end - start], keys, values, mask=mask))
-        return mx.concatenate(out, axis=2)  # [B, n_heads, T, head_dim]
+        q = self.rope(q, offset=start)
+        if T == 1:  # one position sees its whole window and needs no mask
+            seen = slice(max(0, self.length - self.window), self.length)
+            return q, self.keys[:, :, seen], self.values[:, :, seen], None
+        # Several positions see the whole buffer under a mask. A view that grows with every feed
+        # would be a new shape each time, for which CUDA plans a new kernel.
+        mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
+        return q, self.keys, self.values, mask
+
+    def renew(self, k: mx.array, v: mx.array) -> None:
+        """Make buffers with room for k and v behind the entries that are still in the window."""
+        T = k.shape[2]
+        kept = min(self.length, self.window - 1)
+        first = self.length - kept
+        need = kept + T + (self.window // 4 if first else 0)  # once it is full, with some room
+        doubling = (1 << max(8, need.bit_length())) - 1
+        capacity = min(doubling, (self.window - 1 + max(self.window, T)) | 1)
+        old_k = self.keys[:, :, first : self.length] if kept else k[:, :, :0]
+        old_v = self.values[:, :, first : self.length] if kept else v[:, :, :0]
+        old_k = self.turn_back(old_k, first)
+        room = mx.zeros((*k.shape[:2], capacity - kept, k.shape[3]), k.dtype)
+        self.keys = mx.concatenate([old_k, room], axis=2)
+        self.values = mx.concatenate([old_v, room], axis=2)
+        self.length = kept
+        if kept and self.batch > 1:
+            # Evaluate here: the old buffers are free before the next layer makes its new ones.
+            mx.eval(self.keys, self.values)
+
+    def turn_back(self, keys: mx.array, distance: int) -> mx.array:
+        """Rotate keys [..., head_dim] to positions that are smaller by `distance`."""
+        # By formula: mx.fast.rope is wrong on CUDA (MLX 0.32) when its offset is negative.
+        half = keys.shape[-1] // 2
+        angles = -distance * mx.exp(-math.log(self.rope_theta) * mx.arange(half) / half)
+        x, y = keys[..., 0::2], keys[..., 1::2]  # the pairs that rotate together
+        x, y = x * mx.cos(angles) - y * mx.sin(angles), x * mx.sin(angles) + y * mx.cos(angles)
+        return mx.stack([x, y], axis=-1).reshape(keys.shape).astype(keys.dtype)
+
 
 class Attention(nn.Module):
     """Self-attention over a sliding window; grouped queries where n_kv_heads < n_heads."""
+
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.head_dim = args.head_dim
-        q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-        self.q_proj = nn.Linear(args.dim, q_dim, bias=bias)
-        self.k_proj = nn.Linear(args.dim, kv_dim, bias=False)  # softmax would cancel a bias here
-        self.v_proj = nn.Linear(args.dim, kv_dim, bias=bias)
-        self.o_proj = nn.Linear(q_dim, args.dim, bias=bias)
+        self.q_proj = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=bias)
+        # A bias of the keys adds the same to all scores of a query, and softmax cancels it.
+        self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.v_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
+        self.o_proj = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=bias)
 
-    def __call__(self, x: mx.array, cache: KVCache, B: int) -> mx.array:
-        T = x.shape[0] // B  # x [B * T, D] -> the same
-        # One row needs no swap: [B, 1, H * head_dim] and [B, H, 1, head_dim] are the same numbers.
-        heads = (B, -1, 1, self.head_dim) if T == 1 else (B, T, -1, self.head_dim)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if T > 1:
-            q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))  # [B, H, T, head_dim]
-        out = cache(q, k, v)  # [B, n_heads, T, head_dim]
-        return self.o_proj((out if T == 1 else out.swapaxes(1, 2)).reshape(B * T, -1))
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """Rows [B * T, D] -> rows; the cache knows B."""
+        shape = (cache.batch, len(x) // cache.batch, -1, self.head_dim)  # [B, T, heads, head_dim]
+        q = self.q_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_heads, T, head_dim]
+        k = self.k_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
+        v = self.v_proj(x).reshape(shape).swapaxes(1, 2)
+        q, k, v, mask = cache.update(q, k, v)  # k, v: [B, n_kv_heads, seen, head_dim]
+        scale = self.head_dim**-0.5
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)  # like q
+        return self.o_proj(out.swapaxes(1, 2).reshape(len(x), -1))
 
-swiglu = mx.compile(lambda gate, up: nn.silu(gate) * up, shapeless=True)  # as one kernel
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up  # compiled into one kernel
+
 
 class SwiGLU(nn.Module):
-    """The feed-forward part: one projection gates another."""
+    """The feed-forward network: one projection gates another."""
+
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
         self.gate_proj = nn.Linear(args.dim, args.hidden_dim, bias=False)
@@ -269,24 +459,53 @@ class SwiGLU(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
-class Block(nn.Module):
-    """A pre-norm transformer layer; the encoder's have biases."""
-    def __init__(self, args: TransformerArgs, bias: bool):
+
+class AdaNorm(nn.Module):
+    """How a decoder layer learns the delay: its ffn_norm is scaled by 1 + ada(t)."""
+
+    def __init__(self, dim: int, inner_dim: int):
         super().__init__()
+        self.linear_in = nn.Linear(dim, inner_dim, bias=False)
+        self.linear_out = nn.Linear(inner_dim, dim, bias=False)
+
+    def __call__(self, t: mx.array) -> mx.array:
+        """The delay's embedding t [1, D] -> ada(t) [1, D]."""
+        return self.linear_out(nn.gelu(self.linear_in(t)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer: the encoder's have biases, the decoder's an AdaNorm."""
+
+    def __init__(self, args: TransformerArgs, bias: bool = False, ada_dim: int = 0):
+        super().__init__()
+        if ada_dim:
+            self.ada_norm = AdaNorm(args.dim, ada_dim)
         self.attn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.attention = Attention(args, bias)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.mlp = SwiGLU(args, bias)
 
-    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array, B: int) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array) -> mx.array:
         """Rows [B * T, D] -> rows; `ffn_weight` [D] stands in for ffn_norm's, see Decoder."""
-        x = x + self.attention(self.attn_norm(x), cache, B)  # mixes positions
-        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))  # each by itself
+        x = x + self.attention(self.attn_norm(x), cache)
+        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))
+
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
 
+
+class EncoderState:
+    """What the encoder remembers of B recordings between two pieces of sound."""
+
+    def __init__(self, args: TransformerArgs, batch: int):
+        self.conv1 = Carry(kernel=3, stride=1, zeros=2)
+        self.conv2 = Carry(kernel=3, stride=2, zeros=1)
+        self.caches = [KVCache(args, batch) for _ in range(args.n_layers)]
+
+
 class Encoder(nn.Module):
     """Whisper's encoder made causal: two convolutions, then layers with a sliding window."""
+
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
         super().__init__()
         self.conv1 = nn.Conv1d(num_mel_bins, args.dim, kernel_size=3)
@@ -294,229 +513,534 @@ class Encoder(nn.Module):
         self.layers = [Block(args, bias=True) for _ in range(args.n_layers)]
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
-    def __call__(self, mel: mx.array, memory: tuple) -> mx.array:
-        """The next log-mel frames [B, F, C], F even -> frames as rows [B * F / 2, D]."""
-        past1, past2, caches = memory
-        x = mel.astype(self.conv1.weight.dtype)  # from here on all is in the type of the weights
-        x = nn.gelu(self.conv1(past1(x)))  # [B, F, D]
-        x = nn.gelu(self.conv2(past2(x)))  # [B, F / 2, D]
-        x = x.reshape(-1, x.shape[2])  # rows: with more dimensions MLX reshapes at each product
-        for layer, cache in zip(self.layers, caches):
-            x = layer(x, cache, layer.ffn_norm.weight, mel.shape[0])
+    def __call__(self, mel: mx.array, state: EncoderState) -> mx.array:
+        """The next mel frames [B, F, C], F even -> encoder frames as rows [B * F / 2, D]."""
+        x = mel.astype(self.conv1.weight.dtype)
+        x = nn.gelu(self.conv1(state.conv1(x)))  # [B, F, D]
+        x = nn.gelu(self.conv2(state.conv2(x)))  # [B, F / 2, D]
+        x = x.reshape(-1, x.shape[2])
+        for layer, cache in zip(self.layers, state.caches):
+            x = layer(x, cache, layer.ffn_norm.weight)
         return self.norm(x)
+
+
+class Adapter(nn.Module):
+    """Encoder frames, `factor` of them side by side, to the space of the decoder."""
+
+    def __init__(self, encoder_dim: int, dim: int, factor: int):
+        super().__init__()
+        self.group = factor * encoder_dim
+        self.w_in = nn.Linear(self.group, dim, bias=False)
+        self.w_out = nn.Linear(dim, dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rows [N, D of the encoder] -> rows [N / factor, D of the decoder]."""
+        return self.w_out(nn.gelu(self.w_in(x.reshape(-1, self.group))))
+
 
 class Decoder(nn.Module):
     """A language model whose input at each position is a token's embedding plus a sound's."""
+
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, args.dim)  # also the output layer: tied
-        self.layers = [Block(args, bias=False) for _ in range(args.n_layers)]
-        for layer in self.layers:
-            layer.ada_norm = nn.Module()  # its ear for the delay
-            layer.ada_norm.linear_in = nn.Linear(args.dim, ada_dim, bias=False)
-            layer.ada_norm.linear_out = nn.Linear(ada_dim, args.dim, bias=False)
+        self.embed_tokens = nn.Embedding(vocab_size, args.dim)  # tied: also makes the logits
+        self.layers = [Block(args, ada_dim=ada_dim) for _ in range(args.n_layers)]
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     def ffn_weights(self, delay: int) -> list[mx.array]:
-        """Each layer's ffn_norm weight [D] times 1 + ada(t), for a delay of so many tokens.
+        """The weights [D] of each layer's ffn_norm at a delay of so many steps.
 
-        t embeds the delay as the first transformer did positions: cosines and sines of
-        geometrically spaced frequencies. Nothing else enters: it is done once per stream.
+        A layer feeds h = ffn_norm(x) * (1 + ada(t)) to its mlp. t embeds the delay as the first
+        transformer embedded positions: cosines and sines of geometrically spaced frequencies. The
+        factor is the same at all steps of a stream, and ffn_norm itself ends with a product by its
+        weight, so the two are multiplied once, here.
         """
-        weight, half = self.norm.weight, self.norm.weight.shape[0] // 2
+        half = self.norm.weight.shape[0] // 2
         angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
-        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(weight.dtype)  # [1, D]
-        norms = ((layer.ffn_norm, layer.ada_norm) for layer in self.layers)
-        return [n.weight * (1 + ada.linear_out(nn.gelu(ada.linear_in(t)))[0]) for n, ada in norms]
+        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(self.norm.weight.dtype)
+        return [layer.ffn_norm.weight * (1 + layer.ada_norm(t)[0]) for layer in self.layers]
 
-    def __call__(self, x: mx.array, ffn_weights: list, caches: list, B: int = 1) -> mx.array:
-        """Inputs [B * T, D] -> outputs, also rows; embed_tokens.as_linear makes logits of them."""
+    def __call__(self, x: mx.array, ffn_weights: list, caches: list[KVCache]) -> mx.array:
+        """Inputs as rows [B * T, D] -> outputs as rows; embed_tokens.as_linear makes the logits."""
         for layer, weight, cache in zip(self.layers, ffn_weights, caches):
-            x = layer(x, cache, weight, B)
+            x = layer(x, cache, weight)
         return self.norm(x)
 
+
+def read_args(cls: Any, config: dict) -> Any:
+    """A dataclass of sizes, from the fields of a configuration that have the same names."""
+    for field in fields(cls):
+        value = config[field.name]
+        most = 1000 if field.name == "n_layers" else 1 << 24
+        if type(value).__name__ not in ("int", field.type) or not 0 < value <= most:
+            raise ValueError(f"{field.name} is {value!r}")
+    return cls(**{field.name: config[field.name] for field in fields(cls)})
+
+
 class Voxtral(nn.Module):
-    """The whole model; `config` is the content of params.json, else KeyError or ValueError."""
+    """The whole model. `config` is the content of params.json; raises KeyError or ValueError."""
+
     def __init__(self, config: dict):
         super().__init__()
         whisper = config["multimodal"]["whisper_model_args"]
         audio = whisper["encoder_args"]
+        factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames of a step: 4
+        self.step_frames = 2 * factor  # mel frames of a step: 8
         self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
+        # The encoder has as many heads of keys as of queries, and may not say so.
         audio = {"n_kv_heads": audio.get("n_heads"), **audio}
-        self.encoder_args = encoder = read_args(TransformerArgs, audio)
-        self.decoder_args = decoder = read_args(TransformerArgs, config)
-        self.downsample_factor = factor = number(whisper["downsample_args"], "downsample_factor")
-        self.vocab_size = number(config, "vocab_size")
-        ada_dim = number(config, "ada_rms_norm_t_cond_dim")
-        self.encoder = Encoder(encoder, self.spectrogram.num_mel_bins)
-        self.adapter = nn.Module()  # encoder frames side by side -> the decoder's space
-        self.adapter.w_in = nn.Linear(encoder.dim * factor, decoder.dim, bias=False)
-        self.adapter.w_out = nn.Linear(decoder.dim, decoder.dim, bias=False)
-        self.language_model = Decoder(decoder, self.vocab_size, ada_dim)
-        self.block = max(1, 4 * encoder.sliding_window // factor)  # in tokens; keeps a GPU busy
+        self.encoder_args = read_args(TransformerArgs, audio)
+        self.decoder_args = read_args(TransformerArgs, config)
+        self.vocab_size = config["vocab_size"]
+        self.encoder = Encoder(self.encoder_args, self.spectrogram.num_mel_bins)
+        self.adapter = Adapter(self.encoder_args.dim, self.decoder_args.dim, factor)
+        self.language_model = Decoder(
+            self.decoder_args, self.vocab_size, config["ada_rms_norm_t_cond_dim"])
 
-    def audio_memory(self) -> tuple[Carry, Carry, list[KVCache]]:
-        """What a stream's encoder remembers between two pieces of sound; of nothing yet."""
-        caches = [KVCache(self.encoder_args) for _ in self.encoder.layers]
-        return Carry(kernel=3, stride=1, zeros=2), Carry(kernel=3, stride=2, zeros=1), caches
+    def encoder_state(self, batch: int = 1) -> EncoderState:
+        """The memory of an encoder that has heard nothing yet of so many recordings."""
+        return EncoderState(self.encoder_args, batch)
 
-    def embed_audio(self, mel: mx.array, memory: tuple) -> mx.array:
-        """The next log-mel frames [B, F, C], F a multiple of 8 -> embeddings [B * F / 8, D]."""
-        x = self.encoder(mel, memory)  # [B * F / 2, D of the encoder]
-        x = x.reshape(-1, self.downsample_factor * x.shape[1])  # groups of 4 frames
-        return self.adapter.w_out(nn.gelu(self.adapter.w_in(x)))
+    def most_steps(self, batch: int) -> int:
+        """How many steps of B recordings the encoder takes at once; they share the memory."""
+        # Two windows keep a GPU busy, and more cost more attention. On a CPU one is best.
+        windows = 2 if mx.default_device() == mx.gpu else 1
+        return max(12, windows * self.encoder_args.sliding_window * 2 // self.step_frames // batch)
+
+    def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
+        """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D].
+
+        Runs in pieces of few sizes, `most_steps` and powers of two, since CUDA plans kernels for
+        each new shape and MLX gives up after some hundred.
+        """
+        B, F, _ = mel.shape
+        assert F % self.step_frames == 0, f"{F} mel frames are not whole steps"
+        most = self.most_steps(B)
+        embeddings = []
+        while mel.shape[1]:
+            steps = mel.shape[1] // self.step_frames
+            steps = most if steps >= most else 1 << (steps.bit_length() - 1)
+            end = steps * self.step_frames
+            x = self.adapter(self.encoder(mel[:, :end], state))  # [B * steps, D]
+            mx.async_eval(x)  # compute this piece while the next one is submitted
+            embeddings.append(x.reshape(B, steps, -1))
+            mel = mel[:, end:]
+        return mx.concatenate(embeddings, axis=1)
 
     def encode(self, mel: mx.array) -> mx.array:
-        """Log-mel of a whole signal [F, C] -> its audio embeddings [F // 8, D], one per 80 ms."""
-        token = 2 * self.downsample_factor  # in log-mel frames; a last part of one is left out
-        memory, step, end = self.audio_memory(), self.block * token, len(mel) // token * token
-        pieces = (mel[None, i : min(i + step, end)] for i in range(0, end, step))
-        sound = [self.embed_audio(piece, memory) for piece in pieces]
-        return mx.concatenate(sound) if sound else mx.zeros((0, self.decoder_args.dim))
+        """Log-mel of a whole signal [F, C] -> its audio embeddings [F // 8, D], one per step."""
+        whole = len(mel) // self.step_frames * self.step_frames
+        if not whole:
+            return mx.zeros((0, self.decoder_args.dim))
+        return self.embed_audio(mel[None, :whole], self.encoder_state())[0]
+
+
+# ------------------------------------------------------------------------------------------ stream
+# The schedule. Each step of sound makes one token, from the sum of the sound's embedding and that
+# of the last token. This goes on as long as there is sound, and nothing else ends it.
+#
+# Before the recording the model hears 32 steps of silence: it was trained so, and Mistral found
+# that it errs less. Silence has no words, so the ids for these steps are known: BOS, then
+# [STREAMING_PAD]. The ids of the first `delay` steps are known too, for the text runs that far
+# behind the sound. Together they are the prompt, which the decoder reads in one pass, the prefill;
+# its last row gives the first token, which has heard delay + 1 steps of the recording. From there
+# on, each step decodes one token.
+#
+# An example: a clip begins with "seven", said from 0.25 to 0.50 s. The delay is 160 ms, two steps:
+#
+#     step     0    1    2    3    4    5    6    7    8    9   10   11   12
+#     sound    .    .    .   se  -ve   -e   -n    .    .    .    .    .   ni
+#     token              .    .    .    .    .    .   [W]  " se" "v" "en"  .
+#     k                  0    1    2    3    4    5    6    7    8    9   10
+#     text                                                  se  sev  seven
+#
+# [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. Token k has
+# heard k + 1 + delay steps and speaks about the first k + 1 of them. So the word that [W] at k
+# opens ended after (k + 1) * 80 ms of sound: here 560 ms, the end of step 6.
+
+LONGEST = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
+
+
+@dataclass(frozen=True)
+class Word:
+    """A group of text that one [STREAMING_WORD] opened, and its place in the recording.
+
+    Mostly one word, but the model may group several, and in scripts without spaces a group is what
+    it heard as one. Joined, the texts are the transcript.
+    """
+
+    text: str  # with its leading space
+    start: float  # seconds: the end of the word before, but at most LONGEST before `end`
+    end: float  # seconds, exact to a step
+
+
+class Transcript:
+    """What was said: tokens to text and words. It knows no model."""
+
+    def __init__(self, tokenizer: Any):
+        self.text = ""
+        self.tokens: list[int] = []  # generated, one per step
+        self.words: list[Word] = []
+        self.time = 0.0  # up to which second of the recording all words are written
+        self._tokenizer = tokenizer
+        self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
+        self._opened: float | None = None  # when a word ended whose text has not begun
+
+    def append(self, token: int, time: float) -> None:
+        """Take the next token, which speaks of the recording up to `time` seconds."""
+        self.tokens.append(token)
+        self.time = time
+        if token == self._word_id:
+            self._opened = time
+        else:  # special tokens have no bytes; a character may come in several tokens
+            self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
+
+    def extend(self, other: Transcript, seconds: float) -> None:
+        """Take the transcript of what was said from `seconds` on."""
+        words = [Word(word.text, round(word.start + seconds, 3), round(word.end + seconds, 3))
+                 for word in other.words]
+        # Only the tokens tell if a space stands before the first word, which has none.
+        written = b"".join(map(self._tokenizer.id_to_byte_piece, other.tokens))
+        if self.text and words and written.startswith(b" "):
+            words[0] = replace(words[0], text=" " + words[0].text)
+        self.words += words
+        self.text += "".join(word.text for word in words)
+        self.tokens += other.tokens
+
+    def close(self) -> None:
+        """No more tokens: half a character becomes U+FFFD."""
+        self._write(self._utf8.decode(b"", final=True))
+
+    def _write(self, text: str) -> None:
+        """Append text to the word that was opened, else to the last word."""
+        text = text if self.text else text.lstrip()
+        if not text:
+            return
+        if self._opened is not None or not self.words:
+            end = self.time if self._opened is None else self._opened
+            start = max(self.words[-1].end if self.words else 0.0, end - LONGEST)
+            self.words.append(Word("", round(start, 3), round(end, 3)))
+            self._opened = None
+        self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
+        self.text += text
+
+
+class Generator:
+    """The decoder at work on B recordings in lockstep: prefill, then one token per step."""
+
+    def __init__(self, model: Voxtral, prompt: list[int], delay: int, batch: int = 1,
+                 temperature: float = 0.0):
+        self._decoder = model.language_model
+        self._temperature = temperature
+        self._ffn_weights = self._decoder.ffn_weights(delay)
+        self._caches = [KVCache(model.decoder_args, batch) for _ in self._decoder.layers]
+        # The ids that go in next: at first the whole prompt, then the last token.
+        self.ids = mx.array([prompt] * batch)  # [B, T]
+        # Evaluate here: a lazy array belongs to the thread that made it.
+        mx.eval(self._ffn_weights, self.ids)
+
+    def __call__(self, sound: mx.array) -> mx.array:
+        """Audio embeddings [B, T, D] of the next ids -> tokens [B, 1], still being computed."""
+        B, T, D = sound.shape
+        x = self._decoder.embed_tokens(self.ids) + sound
+        x = self._decoder(x.reshape(-1, D), self._ffn_weights, self._caches)  # [B * T, D]
+        logits = self._decoder.embed_tokens.as_linear(x.reshape(B, T, D)[:, -1])  # [B, vocabulary]
+        token = (mx.random.categorical(logits / self._temperature) if self._temperature > 0
+                 else mx.argmax(logits, axis=-1))
+        self.ids = token[:, None]
+        mx.async_eval(self.ids)
+        return self.ids
+
+
+class Stream:
+    """Speech to text while the speech comes: `feed` samples, in a pause `flush`, then `finish`.
+
+    `delay_ms`, one of DELAYS_MS, is how long the model listens on before it commits itself
+    (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words` and
+    `tokens` hold all there is so far; else memory does not grow. One call at a time, from any
+    thread. Raises VoxtralError for other delays, and for samples that as_samples refuses.
+    `lengths` are those of whole recordings, see transcribe.
+    """
+
+    def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
+                 temperature: float = 0.0, lengths: Iterable[float] = (math.inf,)):
+        if delay_ms is not None and delay_ms not in DELAYS_MS:
+            raise VoxtralError(f"a delay of {delay_ms} ms: it is a multiple of 80 to 1200, or 2400")
+        self.lengths = list(lengths)  # of the recordings, in samples; infinite until it is known
+        self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
+        self.ended = [length == 0 for length in self.lengths]  # no sound has no words
+        audio = tokenizer.audio
+        self._delay = audio.get_num_delay_tokens(delay_ms)  # steps
+        self._right_pad = audio.n_right_pad_tokens(delay_ms)  # steps of silence: delay + 1 + 10
+        self._step = audio.raw_audio_length_per_tok  # samples: 1,280
+        self._eos_id = tokenizer.eos_id
+        self._model = model
+        self._encoder_state = model.encoder_state(len(self.lengths))
+        # The eight spectrogram windows of a step, taken together, are a moving window again. In
+        # front stand half a window, to centre the first one, and the 32 steps of silence.
+        window = model.spectrogram.window_size
+        silence = audio.n_left_pad_tokens * self._step
+        self._windows = Carry(self._step - model.spectrogram.hop_length + window, self._step,
+                              zeros=window // 2 + silence)
+        pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
+        prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
+        self._generator = Generator(model, prompt, self._delay, len(self.lengths), temperature)
+        self._embeddings: mx.array | None = None  # [B, n, D] that wait for their token
+        self._times: deque[float] = deque()  # where steps that wait for their token end, in seconds
+        self._fed = 0  # samples, with the silence that flush puts in
+        self._heard = 0  # samples of the recording
+        self._flushed = 0  # samples of the recording at the last flush
+
+    text = property(lambda self: self.transcripts[0].text)
+    tokens = property(lambda self: self.transcripts[0].tokens)
+    words = property(lambda self: self.transcripts[0].words)
+    time = property(lambda self: self.transcripts[0].time)
+
+    def feed(self, samples: np.ndarray) -> str:
+        """Take the next samples [n] and return the text that they made possible, often none."""
+        if self.lengths[0] < math.inf:
+            raise VoxtralError("the stream is finished")
+        return self._run(as_samples(samples)[None])
+
+    def flush(self) -> str:
+        """In a pause: push the pending words out with silence, which later times do not count."""
+        if self._heard == self._flushed:
+            return ""  # nothing was said since
+        self._flushed = self._heard
+        steps = -(-self._fed // self._step) + self._right_pad
+        return self._run_silence(steps * self._step - self._fed)
+
+    def finish(self) -> str:
+        """End the recording and return the rest of its text."""
+        before = len(self.text)
+        self.lengths = [min(length, self._fed) for length in self.lengths]
+        self.flush()
+        # Half a window of silence completes the last window of the spectrogram.
+        self._run_silence(self._model.spectrogram.window_size // 2)
+        for transcript in self.transcripts:
+            transcript.close()
+        self.ended = [True] * len(self.ended)
+        return self.text[before:]
+
+    def _run_silence(self, n: int) -> str:
+        return self._run(np.zeros((len(self.lengths), n), np.float32), silence=True)
+
+    def _run(self, samples: np.ndarray, silence: bool = False) -> str:
+        """The one path: samples [B, n] -> mel frames -> audio embeddings -> tokens -> text."""
+        before = len(self.text)
+        n = samples.shape[1]
+        for end in range(self._step - self._fed % self._step, n + 1, self._step):
+            self._times.append((self._heard + (0 if silence else end)) / SAMPLE_RATE)
+        self._heard += 0 if silence else n
+        self._fed += n
+        most = self._model.most_steps(len(samples)) * self._step
+        for start in range(0, n, most):
+            windows = self._windows(samples[:, start : start + most, None])[..., 0]
+            if windows.shape[1]:
+                mel = self._model.spectrogram.mel_frames(windows)
+                self._decode(self._model.embed_audio(mel, self._encoder_state))
+        # Evaluate here, as in Generator: the next call may come from another thread.
+        mx.eval(self._embeddings, self._encoder_state.conv1.rest, self._encoder_state.conv2.rest)
+        return self.text[before:]
+
+    def _decode(self, sound: mx.array) -> None:
+        """Take the next audio embeddings [B, n, D] and generate the tokens that they allow."""
+        if self._embeddings is not None:
+            sound = mx.concatenate([self._embeddings, sound], axis=1)
+        start = 0
+        end = self._generator.ids.shape[1]  # of the sound for the prompt, or for one token
+        unread: list[mx.array] = []
+        while not all(self.ended) and end <= sound.shape[1]:
+            unread.append(self._generator(sound[:, start:end]))
+            # Reading a token waits until it is computed. So read the one before while the GPU
+            # computes this one: the decoder takes its own last token without our reading it.
+            if len(unread) == 2:
+                self._append(unread.pop(0))
+            start = end
+            end += 1
+        for ids in unread:
+            self._append(ids)
+        self._embeddings = sound[:, start:]
+
+    def _append(self, ids: mx.array) -> None:
+        """Append a token of each recording, ids [B, 1]."""
+        time = self._times.popleft()
+        tokens: Any = ids[:, 0].tolist()
+        for i, (transcript, length) in enumerate(zip(self.transcripts, self.lengths)):
+            newest = len(transcript.tokens) + self._delay  # the step that this token heard last
+            # The end of sequence is a token like any other until the recording was heard.
+            heard = newest * self._step >= length
+            padded = (newest - self._right_pad) * self._step >= length
+            self.ended[i] |= padded or (heard and tokens[i] == self._eos_id)
+            if not self.ended[i]:
+                transcript.append(tokens[i], min(time, length / SAMPLE_RATE))
+
+
+def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
+               delay_ms: float | None = None, temperature: float = 0.0) -> Any:
+    """Transcribe a recording, 16 kHz mono samples [n] -> Transcript, or a list of them -> a list.
+
+    The recordings of a list run in lockstep: a step reads every weight to write one token, and
+    reads them no more often to write one for each. Shorter recordings are padded with silence, and
+    end where they would end alone. `delay_ms` is 2400 by default. See Stream for the rest.
+    """
+    several = isinstance(audio, (list, tuple))
+    recordings = [as_samples(samples) for samples in (audio if several else [audio])]
+    if not recordings:
+        return []
+    lengths = [len(samples) for samples in recordings]
+    rows = np.stack([np.pad(x, (0, max(lengths) - len(x))) for x in recordings])  # [B, n]
+    delay_ms = max(DELAYS_MS) if delay_ms is None else delay_ms  # nobody waits for a recording
+    stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature, lengths=lengths)
+    stream._run(rows)
+    stream.finish()
+    return stream.transcripts if several else stream.transcripts[0]
+
 
 # ------------------------------------------------------------------------------------- checkpoints
-# The weights are published in four layouts: "converted" (voxmlx's), whose names the modules above
-# have, and three that call modules differently: Mistral's original, mlx-audio's, transformers'. The
-# names in each; N is the index of a layer, and a name that starts with a dot is inside one.
+# The weights are published in four layouts, which differ in the names of modules. The first names
+# are voxmlx's and those of the modules above. What begins with a dot is inside a layer, and a bar
+# separates the names that transformers gives to a norm in the encoder and in the decoder.
 
-NAMES = (
-    ("converted", "original", "mlx-audio", "transformers"),
-    ("encoder.conv1", "whisper_encoder.conv_layers.0.conv",
-     "encoder.conv_layers_0_conv.conv", "audio_tower.embedder.conv1"),
-    ("encoder.conv2", "whisper_encoder.conv_layers.1.conv",
-     "encoder.conv_layers_1_conv.conv", "audio_tower.embedder.conv2"),
-    ("encoder.layers.N", "whisper_encoder.transformer.layers.N",
-     "encoder.transformer_layers.N", "audio_tower.layers.N"),
-    ("encoder.norm", "whisper_encoder.transformer.norm",
-     "encoder.transformer_norm", "audio_tower.norm"),
-    ("adapter.w_in", "audio_language_projection.0",
-     "encoder.audio_language_projection_0", "multi_modal_projector.linear_1"),
-    ("adapter.w_out", "audio_language_projection.2",
-     "encoder.audio_language_projection_2", "multi_modal_projector.linear_2"),
-    ("language_model.embed_tokens", "tok_embeddings",
-     "decoder.tok_embeddings", "language_model.model.embed_tokens"),
-    ("language_model.layers.N", "layers.N", "decoder.layers.N", "language_model.model.layers.N"),
-    ("language_model.norm", "norm", "decoder.norm", "language_model.model.norm"),
-    (".attn_norm", ".attention_norm", ".attention_norm", ".self_attn_layer_norm"),
-    (".attn_norm", ".attention_norm", ".attention_norm", ".input_layernorm"),  # in the decoder
-    (".attention.q_proj", ".attention.wq", ".attention.wq", ".self_attn.q_proj"),
-    (".attention.k_proj", ".attention.wk", ".attention.wk", ".self_attn.k_proj"),
-    (".attention.v_proj", ".attention.wv", ".attention.wv", ".self_attn.v_proj"),
-    (".attention.o_proj", ".attention.wo", ".attention.wo", ".self_attn.o_proj"),
-    (".ffn_norm", ".ffn_norm", ".ffn_norm", ".final_layer_norm"),
-    (".ffn_norm", ".ffn_norm", ".ffn_norm", ".post_attention_layernorm"),  # in the decoder
-    (".mlp.gate_proj", ".feed_forward.w1", ".feed_forward_w1", ".mlp.gate_proj"),
-    (".mlp.down_proj", ".feed_forward.w2", ".feed_forward_w2", ".mlp.down_proj"),
-    (".mlp.up_proj", ".feed_forward.w3", ".feed_forward_w3", ".mlp.up_proj"),
-    (".ada_norm.linear_in", ".ada_rms_norm_t_cond.0",
-     ".ada_rms_norm_t_cond.ada_down", ".ada_rms_norm.linear1"),
-    (".ada_norm.linear_out", ".ada_rms_norm_t_cond.2",
-     ".ada_rms_norm_t_cond.ada_up", ".ada_rms_norm.linear2"))
-TRANSFORMERS_FIELDS = (  # in params.json, and in transformers' config.json
-    ("dim", "hidden_size"), ("n_layers", "num_hidden_layers"), ("n_heads", "num_attention_heads"),
-    ("n_kv_heads", "num_key_value_heads"), ("head_dim", "head_dim"), ("vocab_size", "vocab_size"),
-    ("hidden_dim", "intermediate_size"), ("sliding_window", "sliding_window"),
-    ("norm_eps", "rms_norm_eps"))
+NAMES = """
+converted original mlx-audio transformers
+encoder.conv1 whisper_encoder.conv_layers.0.conv
+    encoder.conv_layers_0_conv.conv audio_tower.embedder.conv1
+encoder.conv2 whisper_encoder.conv_layers.1.conv
+    encoder.conv_layers_1_conv.conv audio_tower.embedder.conv2
+encoder.layers whisper_encoder.transformer.layers encoder.transformer_layers audio_tower.layers
+encoder.norm   whisper_encoder.transformer.norm   encoder.transformer_norm   audio_tower.norm
+adapter.w_in audio_language_projection.0
+    encoder.audio_language_projection_0 multi_modal_projector.linear_1
+adapter.w_out audio_language_projection.2
+    encoder.audio_language_projection_2 multi_modal_projector.linear_2
+language_model.embed_tokens tok_embeddings decoder.tok_embeddings language_model.model.embed_tokens
+language_model.layers       layers         decoder.layers         language_model.model.layers
+language_model.norm         norm           decoder.norm           language_model.model.norm
+.attn_norm .attention_norm .attention_norm .self_attn_layer_norm|.input_layernorm
+.attention.q_proj .attention.wq .attention.wq .self_attn.q_proj
+.attention.k_proj .attention.wk .attention.wk .self_attn.k_proj
+.attention.v_proj .attention.wv .attention.wv .self_attn.v_proj
+.attention.o_proj .attention.wo .attention.wo .self_attn.o_proj
+.ffn_norm .ffn_norm .ffn_norm .final_layer_norm|.post_attention_layernorm
+.mlp.gate_proj .feed_forward.w1 .feed_forward_w1 .mlp.gate_proj
+.mlp.down_proj .feed_forward.w2 .feed_forward_w2 .mlp.down_proj
+.mlp.up_proj   .feed_forward.w3 .feed_forward_w3 .mlp.up_proj
+.ada_norm.linear_in  .ada_rms_norm_t_cond.0 .ada_rms_norm_t_cond.ada_down .ada_rms_norm.linear1
+.ada_norm.linear_out .ada_rms_norm_t_cond.2 .ada_rms_norm_t_cond.ada_up   .ada_rms_norm.linear2
+"""
+WORDS = NAMES.split()
+CONVERTED = {name: WORDS[i - i % 4] for i, names in enumerate(WORDS) for name in names.split("|")}
+FIELDS = {  # of transformers' config.json -> of params.json
+    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim", "vocab_size": "vocab_size",
+    "intermediate_size": "hidden_dim", "sliding_window": "sliding_window",
+    "rms_norm_eps": "norm_eps"}
 
-def number(config: dict, name: str, kind: str = "int") -> Any:
-    """A field of a configuration: a positive number, of a size that can be."""
-    value, most = config[name], 1000 if name == "n_layers" else 1 << 24
-    if type(value).__name__ not in ("int", kind) or not 0 < value <= most:
-        raise ValueError(f"{name} is {value!r}")
-    return value
 
-def read_args(cls: Any, config: dict) -> Any:
-    """A dataclass of sizes, from the fields of a configuration that have the same names."""
-    return cls(**{field.name: number(config, field.name, str(field.type)) for field in fields(cls)})
+def converted_name(name: str) -> str:
+    """A tensor's name in the converted layout; modules that NAMES does not know keep theirs."""
+    name = re.sub(r"^(mm_streams_embeddings\.embedding_module|mm_whisper_embeddings)\.", "", name)
+    split: Any = re.fullmatch(r"((?:.*\.)?(?:transformer_)?layers)?(\.\d+)?(.*?)(\.\w+)?", name)
+    stack, layer, module, kind = split.groups("")
+    return CONVERTED.get(stack, stack) + layer + CONVERTED.get(module, module) + kind
 
-def read_config(folder: Path) -> tuple[str, dict]:
-    """The layout of a folder, one of NAMES[0], and its configuration in the form of params.json."""
-    params, path = folder / "params.json", folder / "config.json"
-    config = json.loads(path.read_bytes()) if path.is_file() else {}
+
+def read_config(folder: Path, files: set[str]) -> tuple[str, dict]:
+    """The layout that these files have, and their configuration in the form of params.json."""
+    config = json.loads((folder / "config.json").read_bytes()) if "config.json" in files else {}
     if "multimodal" in config:
         return "converted", config
-    if params.is_file() and (folder / "consolidated.safetensors").is_file():
-        return "original", json.loads(params.read_bytes())
+    if {"params.json", "consolidated.safetensors"} <= files:
+        return "original", json.loads((folder / "params.json").read_bytes())
     if "encoder_args" in config and "decoder" in config:
-        layout, text, audio = "mlx-audio", config["decoder"], config["encoder_args"]
-        audio = {"audio_encoding_args": config.get("audio_encoding_args"), **audio}
-        factor, kept = audio["downsample_factor"], {"quantization": config.get("quantization")}
+        layout = "mlx-audio"
+        text = config["decoder"]
+        audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
     elif config.get("model_type") == "voxtral_realtime":
-        layout, factor = "transformers", config["downsample_factor"]
-        audio, text = ({our: part[their] for our, their in TRANSFORMERS_FIELDS if their in part}
+        layout = "transformers"
+        text, audio = ({our: part[name] for name, our in FIELDS.items() if name in part}
                        | {"rope_theta": part["rope_parameters"]["rope_theta"]}
-                       for part in (config["audio_config"], config["text_config"]))
+                       for part in (config["text_config"], config["audio_config"]))
+        text["ada_rms_norm_t_cond_dim"] = 32  # a constant of that code
         audio["audio_encoding_args"] = asdict(Spectrogram())
-        kept = {"ada_rms_norm_t_cond_dim": 32}  # a constant of that code
+        audio["downsample_factor"] = config["downsample_factor"]
     else:
         what = f"a {config.get('model_type')} checkpoint" if config else "not a model folder"
-        raise VoxtralError(f"{folder}: {what}; needed: Voxtral Mini 4B Realtime and its weights")
-    whisper = {"encoder_args": audio, "downsample_args": {"downsample_factor": factor}}
-    return layout, {**text, **kept, "multimodal": {"whisper_model_args": whisper}}
+        raise VoxtralError(f"{what}; needed: Voxtral Mini 4B Realtime and its weights")
+    factor = {"downsample_factor": audio.pop("downsample_factor")}
+    whisper = {"encoder_args": audio, "downsample_args": factor}
+    return layout, {**text, "multimodal": {"whisper_model_args": whisper}}
 
-def weight_files(folder: Path, layout: str) -> list[Path]:
-    """The safetensors files of a checkpoint; all of them are there."""
-    index = folder / "model.safetensors.index.json"
-    if layout == "original":
-        names = {"consolidated.safetensors"}
-    elif index.is_file():
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-    else:
-        names = {path.name for path in folder.glob("model*.safetensors")} or {"model.safetensors"}
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise VoxtralError(f"{folder}: the weights are incomplete: {name} is not in the folder")
-    return [folder / name for name in sorted(names)]
 
-def converted_name(name: str, table: dict[str, str]) -> str:
-    """A tensor's name in the converted layout; what the table does not know stays as it is."""
-    name = re.sub(r"^(mm_streams_embeddings\.embedding_module|mm_whisper_embeddings)\.", "", name)
-    module, _, kind = name.rpartition(".")
-    match = re.fullmatch(r"(.*layers)\.(\d+)(\..+)", module)
-    if match and f"{match[1]}.N" in table:
-        module = table[f"{match[1]}.N"].replace("N", match[2]) + table.get(match[3], match[3])
-    return f"{table.get(module, module)}.{kind}"
+def weight_files(folder: Path, files: set[str], layout: str) -> list[str]:
+    """The files with the weights: one set of them, since mistralai's repository has two."""
+    names = {"consolidated.safetensors" if layout == "original" else "model.safetensors"}
+    if layout != "original" and "model.safetensors.index.json" in files:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        names = set(index["weight_map"].values())
+    if missing := names - files:
+        raise VoxtralError(f"the weights are incomplete: {min(missing)} is not there")
+    return sorted(names)
 
-def read_weights(folder: Path, layout: str, model: Voxtral) -> dict[str, mx.array]:
+
+def read_weights(paths: list[Path], layout: str, model: Voxtral) -> dict[str, mx.array]:
     """All tensors of a checkpoint under their converted names; lazy, nothing is read yet."""
-    table = {names[NAMES[0].index(layout)]: names[0] for names in NAMES[1:]}
+    tensors: Any = {}
+    for path in paths:
+        tensors |= mx.load(str(path))
     weights: dict[str, mx.array] = {}
-    for path in weight_files(folder, layout):
-        tensors: Any = mx.load(str(path))
-        for theirs, w in tensors.items():
-            name = converted_name(theirs, table)
-            if layout in ("original", "transformers") and "conv" in name and w.ndim == 3:
-                w = w.swapaxes(1, 2)  # [out, in, kernel] -> [out, kernel, in]
-            if layout == "transformers" and re.search(r"\.[qk]_proj\.", name):
-                # There rows i and i + head_dim / 2 of a head turn together, here neighbours do.
-                args = model.encoder_args if name.startswith("encoder") else model.decoder_args
-                halves = w.reshape(-1, 2, args.head_dim // 2, *w.shape[1:])
-                w = halves.swapaxes(1, 2).reshape(w.shape)
-            if not theirs.endswith(("output.weight", "lm_head.weight")):  # the embedding once more
-                weights[name] = w
+    for theirs, w in tensors.items():
+        name = converted_name(theirs)
+        if layout in ("original", "transformers") and "conv" in name and w.ndim == 3:
+            w = w.swapaxes(1, 2)  # [out, in, kernel] -> [out, kernel, in]
+        if layout == "transformers" and re.search(r"\.[qk]_proj\.", name):
+            # There rows i and i + head_dim / 2 of a head turn together, here neighbours do.
+            args = model.encoder_args if name.startswith("encoder") else model.decoder_args
+            halves = w.reshape(-1, 2, args.head_dim // 2, *w.shape[1:])
+            w = halves.swapaxes(1, 2).reshape(w.shape)
+        if not re.search(r"\b(output|lm_head)\.\w+$", theirs):  # those are tied to the embedding
+            weights[name] = w
     return weights
+
+
+def quantisation(path: str, module: Any, weights: dict[str, mx.array]) -> dict | bool:
+    """How the weights of a module are quantised, whatever the configuration says; False: not."""
+    if f"{path}.scales" not in weights:
+        return False
+    packed = weights[f"{path}.weight"]
+    assert packed.dtype == mx.uint32, f"{path}.weight is of type {packed.dtype}"
+    inputs = module.weight.shape[-1]  # packed into words of 32 bits; a group has a scale
+    bits = packed.shape[-1] * 32 // inputs
+    group = inputs // weights[f"{path}.scales"].shape[-1]
+    affine = f"{path}.biases" in weights  # mxfp4, mxfp8 and nvfp4 have none
+    mode = "affine" if affine else f"nvfp{bits}" if group == 16 else f"mxfp{bits}"
+    return {"group_size": group, "bits": bits, "mode": mode}
+
 
 def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, dict]:
     """The model of a folder with its weights in place, still lazy, and its configuration."""
     try:
-        layout, config = read_config(folder)
+        files = set(os.listdir(folder))
+        layout, config = read_config(folder, files)
         model = Voxtral(config)
-        weights = read_weights(folder, layout, model)
-        if any(name.endswith(".scales") for name in weights):
-            settings = config["quantization"]
-            # Just what the file has scales of, whatever rule its writer followed.
-            nn.quantize(model, settings["group_size"], settings["bits"],
-                        class_predicate=lambda path, _: f"{path}.scales" in weights)
-        # One type throughout: one float32 norm would turn all activations behind it to float32.
-        dtype = dtype or weights["encoder.conv1.weight"].dtype
-        dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
-        typed = [(n, w if w.dtype == mx.uint32 else w.astype(dtype)) for n, w in weights.items()]
-        model.load_weights(typed)  # strict: nothing may be missing, in excess or misshapen
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        paths = [folder / name for name in weight_files(folder, files, layout)]
+        weights = read_weights(paths, layout, model)
+        nn.quantize(model, class_predicate=lambda path, part: quantisation(path, part, weights))
+        model.load_weights(list(weights.items()))  # strict: none missing, unknown or misshapen
+        # One type throughout: a norm in float32 would make everything after it float32.
+        dtype = dtype or model.encoder.conv1.weight.dtype
+        model.set_dtype(getattr(mx, dtype) if isinstance(dtype, str) else dtype)
+        return model, config
+    except OSError:
+        raise
+    except Exception as error:  # whatever trips over the files, it is they that are wrong
         why = ", ".join(str(error).split(",\n")[:5])  # names five tensors of possibly hundreds
-        raise VoxtralError(f"{folder}: damaged, or not Voxtral Mini 4B Realtime"
-                           f" ({type(error).__name__}: {why})") from error
-    return model, config
+        if not isinstance(error, VoxtralError):
+            why = f"damaged, or not Voxtral Mini 4B Realtime ({type(error).__name__}: {why})"
+        raise VoxtralError(f"{folder}: {why}") from error
+
 
 def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
                        dtype: str | mx.Dtype | None = None) -> tuple[Voxtral, Any, dict]:
@@ -528,9 +1052,10 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
     VoxtralError for what is missing, damaged or does not go together.
     """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
     folder = download_weights(str(path_or_id))
     model, config = prepare_model(folder, dtype)
-    samples = model.spectrogram.hop_length * 2 * model.downsample_factor
+    samples = model.spectrogram.hop_length * model.step_frames
     try:
         tokenizer = Tekkenizer.from_file(folder / "tekken.json")
         audio: Any = tokenizer.audio
@@ -547,51 +1072,69 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
     mx.eval(model.parameters())  # reads all files, once
     return model, tokenizer, config
 
-def choose_files(names: Iterable[str], config: dict) -> list[str]:
-    """Of a repository's files, one set of weights (mistralai's has two) and what goes with it."""
-    files, original = set(names), {"params.json", "consolidated.safetensors", "tekken.json"}
-    if original <= files and "multimodal" not in config:
-        return sorted(original)
-    shards = {name for name in files if re.fullmatch(r"model-.*\.safetensors", name)}
-    weights = {"model.safetensors"} & files or shards
-    return sorted(weights | {"config.json", "model.safetensors.index.json", "tekken.json"} & files)
+
+HUB_ERRORS = {
+    "HFValidationError": "no such folder, and no name for the hub either (OWNER/NAME)",
+    "RepositoryNotFoundError": "no such folder, nor on the hub (if private: hf auth login)",
+    "GatedRepoError": "accept its owner's terms on huggingface.co first, then: hf auth login"}
+
 
 def download_weights(model_id: str) -> Path:
-    """A hub repository's folder in the cache, with what is needed downloaded; or a local folder."""
-    if (folder := Path(model_id).expanduser()).exists():
+    """A local folder; or a hub repository's in the cache, with one set of weights downloaded.
+
+    What was downloaded before is used when the hub cannot be reached. Raises VoxtralError.
+    """
+    folder = Path(model_id).expanduser()
+    if folder.exists():
         return folder
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    files = set[str]()
     try:
-        names = [file.rfilename for file in HfApi().model_info(model_id).siblings or []]
-        path = hf_hub_download(model_id, "config.json") if "config.json" in names else os.devnull
-        config = json.loads(Path(path).read_bytes() or "{}")
-        return Path(snapshot_download(model_id, allow_patterns=choose_files(names, config)))
+        files = {file.rfilename for file in HfApi().model_info(model_id).siblings or []}
+        folder = Path(snapshot_download(model_id, allow_patterns="*.json"))
+        wanted = weight_files(folder, files, read_config(folder, files)[0])
+        return Path(snapshot_download(model_id, allow_patterns=[*wanted, "*.json"]))
+    except VoxtralError as error:
+        raise VoxtralError(f"{model_id}: {error}") from error
     except Exception as error:  # no such repository, no network, no space: dozens of classes
-        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
-            return Path(snapshot_download(model_id, local_files_only=True))
-        raise VoxtralError(f"{model_id}: no such folder, and not to be had from the hub"
-                           f" (if it is private: hf auth login): {error}") from error
+        name = type(error).__name__
+        why = HUB_ERRORS.get(name, f"could not be downloaded ({name}: {error})"[:90])
+        if not files and name not in HUB_ERRORS:  # the hub did not answer
+            if cached := try_to_load_from_cache(model_id, "tekken.json"):
+                return Path(str(cached)).parent
+            why = f"no such folder, not downloaded yet, and no answer from the hub ({name})"
+        raise VoxtralError(f"{model_id}: {why}") from error
+
 
 def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = None,
-            group_size: int = 64, dtype: str | mx.Dtype | None = None) -> tuple[int, int]:
+            group_size: int = 64, dtype: str | mx.Dtype | None = None) -> int:
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
-    Returns the size of the weights before and after, in bytes. Raises VoxtralError unless `out_dir`
-    is new or empty, or to quantise twice. Nothing appears there before all of it is written.
+    A quantised one keeps its quantisation, and VoxtralError is raised to give it another. Returns
+    the size of the weights in bytes. Raises VoxtralError also unless `out_dir` is new or empty, and
+    OSError; nothing appears there before all of it is written.
     """
     from huggingface_hub import split_state_dict_into_shards_factory as split
-    folder, out = download_weights(str(path_or_id)), Path(out_dir).expanduser()
+
+    folder = download_weights(str(path_or_id))
+    out = Path(out_dir).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
     model, config = prepare_model(folder, dtype)
-    if bits and config.get("quantization"):
+    if bits and any(hasattr(module, "bits") for module in model.modules()):
         raise VoxtralError(f"{folder}: is quantised already")
     if bits:
-        # Each Linear, and the embedding, which is the output layer too: their bytes are a step's
-        # time. ada_norm, used once per stream, could stay, but voxmlx wants it quantised.
-        config = {**config, "quantization": {"group_size": group_size, "bits": bits}}
+        # Each Linear, and the embedding, which is the output layer too: decoding is bound by
+        # reading them. ada_norm, used once per stream, could stay, but voxmlx wants it quantised.
         nn.quantize(model, group_size, bits, class_predicate=lambda _, part:
                     hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0)
+    config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    settings = {path: {"group_size": part.group_size, "bits": part.bits, "mode": part.mode}
+                for path, part in model.named_modules() if hasattr(part, "bits")}
+    if settings:  # for other programs: of most modules, then of the rest by name
+        most = max(settings.values(), key=list(settings.values()).count)
+        config["quantization"] = most | {path: s for path, s in settings.items() if s != most}
     weights: Any = dict(tree_flatten(model.parameters()))
     del model  # so that each tensor can be read, written and forgotten
     shards = split(weights, get_storage_size=lambda w: w.nbytes, max_shard_size="4GB",
@@ -599,220 +1142,48 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
     index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, ignore_cleanup_errors=True) as scratch:
-        (new := Path(scratch, "model")).mkdir()
+        new = Path(scratch, "model")
+        new.mkdir()
         for file, names in shards.filename_to_tensors.items():
             part = {name: weights.pop(name) for name in names}
             mx.save_safetensors(str(new / file), part, {"format": "mlx"})
             del part  # room for the next
-            note(f"{file}: {(new / file).stat().st_size / 1e9:.2f} GB")
         for file, content in (("config.json", config), ("model.safetensors.index.json", index)):
             (new / file).write_text(json.dumps(content, indent=1, sort_keys=True))
         (new / "tekken.json").write_bytes((folder / "tekken.json").read_bytes())
         os.replace(new, out)  # all or nothing
-    files = weight_files(folder, read_config(folder)[0]), weight_files(out, "converted")
-    before, after = (sum(path.stat().st_size for path in paths) for paths in files)
-    return before, after
+    return shards.metadata["total_size"]
 
-# ------------------------------------------------------------------------------------------ stream
-# The schedule. Each 80 ms of sound make one token, from the sum of the sound's embedding and that
-# of the last token; this goes on as long as there is sound, and nothing else ends it. The prompt is
-# BOS and [STREAMING_PAD] for 32 frames of silence and the delay, so the first token has heard
-# delay + 1 frames of the recording. The first second of shared/digits/clips/short.wav, in which
-# somebody says "seven" from 0.25 to 0.50 s, at a delay of 160 ms or 2 frames:
-#
-#     frame    0    1    2    3    4    5    6    7    8    9   10   11   12
-#     sound    .    .    .   se  -ve   -e   -n    .    .    .    .    .   ni
-#     token              .    .    .    .    .    .   [W]  " se" "v" "en"  .
-#     k                  0    1    2    3    4    5    6    7    8    9   10
-#     text                                                  se  sev  seven
-#
-# [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. A word that is
-# opened at k ended after (k + 1) * 80 ms of sound: here 560 ms, the end of frame 6.
-
-LONGEST = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
-
-@dataclass(frozen=True)
-class Word:
-    """A group of text that one [STREAMING_WORD] opened, and its place in the recording in seconds.
-
-    Mostly one word, but the model may group several, and in scripts without spaces a group is what
-    it heard as one. Joined, the texts are the transcript: they have their leading spaces. `end` is
-    exact to a frame; `start` is the end of the word before, but at most LONGEST before `end`.
-    """
-    text: str
-    start: float
-    end: float  # both in seconds
-
-@dataclass
-class Transcript:
-    """What was said: text, generated token ids (one per 80 ms), words with times."""
-    text: str
-    tokens: list[int]
-    words: list[Word]
-
-def transcribe(model: Voxtral, tokenizer: Any, audio: np.ndarray, *,
-               delay_ms: float | None = None, temperature: float = 0.0) -> Transcript:
-    """Transcribe a recording: 16 kHz mono float samples [n]. See Stream for the rest."""
-    stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature)
-    stream.feed(audio)
-    stream.finish()
-    return Transcript(stream.text, stream.tokens, stream.words)
-
-class Stream:
-    """Speech to text while the speech comes: `feed` samples, in a pause `flush`, then `finish`.
-
-    `delay_ms`, a multiple of 80 from 80 to 2400, is how long the model listens on before it commits
-    itself (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words`
-    and `tokens` hold all there is so far; else memory does not grow. One call at a time, from any
-    thread. Raises VoxtralError for an impossible delay, or samples other than finite floats [n].
-    """
-    def __init__(self, model: Voxtral, tokenizer: Any, *,
-                 delay_ms: float | None = None, temperature: float = 0.0):
-        audio, mel, decoder = tokenizer.audio, model.spectrogram, model.language_model
-        if delay_ms is not None and (delay_ms % 80 or not 80 <= delay_ms <= 2400):
-            raise VoxtralError(f"a delay of {delay_ms} ms is not a multiple of 80 from 80 to 2400")
-        self.text, self.tokens, self.words = "", list[int](), list[Word]()
-        self.time = 0.0  # up to which time in the recording, in seconds, all words are written
-        self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
-        self._delay = audio.get_num_delay_tokens(delay_ms)  # in tokens
-        self._right_pad = audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10
-        self._frame = audio.raw_audio_length_per_tok  # in samples: 1280, 80 ms
-        # The eight spectrogram windows of one token, taken together, are a moving window again.
-        # Before the signal: half a window, to centre the first on it, and the prompt's silence.
-        zeros = mel.window_size // 2 + audio.n_left_pad_tokens * self._frame
-        self._samples = Carry(self._frame - mel.hop_length + mel.window_size, self._frame, zeros)
-        self._memory = model.audio_memory()  # the encoder's
-        self._ffn_weights = decoder.ffn_weights(self._delay)  # the same for all its steps
-        mx.eval(self._ffn_weights)  # now: MLX cannot do in another thread what was asked for here
-        self._caches = [KVCache(model.decoder_args) for _ in decoder.layers]  # the decoder's
-        self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
-        pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
-        prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
-        self._token = mx.array(prompt)  # [n]: what the next n embeddings of sound go with
-        self._sound = mx.array(np.zeros((0, model.decoder_args.dim)), decoder.norm.weight.dtype)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
-        self._group: int | None = None  # the token that opened a group, until its text begins
-        self._fed = 0  # samples, with the silence of flushes
-        self._pause = (0, 0, 0)  # of the last flush, in samples: start, silence, all silence before
-        self._end = math.inf  # of the recording, in frames, once finish knows
-        self._ended, self._ids = False, dict[int, int]()
-
-    def feed(self, samples: np.ndarray) -> str:
-        """Take the next samples [n] and return the text that they made possible, often none."""
-        samples = np.asarray(samples)
-        if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all():
-            raise VoxtralError("samples must be finite floats in one dimension, at 16 kHz")
-        if self._end < math.inf:
-            raise VoxtralError("the stream is finished")
-        return self._run(samples)
-
-    def flush(self) -> str:
-        """In a pause: push the pending words out with silence, which later times do not count."""
-        start, silence, before = self._pause
-        if self._fed == start + silence or self._ended:
-            return ""  # nothing was said since
-        silent = (-(-self._fed // self._frame) + self._right_pad) * self._frame - self._fed
-        self._pause = (self._fed, silent, before + silence)
-        return self._run(np.zeros(silent, np.float32))
-
-    def finish(self) -> str:
-        """End the recording and return the rest of its text."""
-        self._end = min(self._end, -(-self._fed // self._frame))
-        centring = np.zeros(self._model.spectrogram.window_size // 2, np.float32)
-        text = self.flush() + self._run(centring) + self._write(self._utf8.decode(b"", final=True))
-        self._ended = True
-        return text
-
-    def _run(self, samples: np.ndarray) -> str:
-        """The one path: samples to spectrogram, embeddings, tokens, text."""
-        before, block = len(self.text), self._model.block * self._frame
-        self._fed += len(samples)
-        for i in range(0, len(samples), block):
-            windows = self._samples(samples[i : i + block, None].astype(np.float32))[:, 0]
-            if len(windows):
-                mel = self._model.spectrogram.frames(windows)
-                self._decode(self._model.embed_audio(mel[None], self._memory))
-        mx.eval(self._sound, [carry.rest for carry in self._memory[:2]])  # now, as in __init__
-        return self.text[before:]
-
-    def _decode(self, sound: mx.array) -> None:
-        """Take the next embeddings of sound [n, D] and generate the tokens that they allow."""
-        self._sound = mx.concatenate([self._sound, sound])  # with what waited for the prompt
-        unread: Any = None
-        while not self._ended and (n := len(self._token)) <= len(self._sound):  # prompt, then one
-            self._token, self._sound = self._generate(self._sound[:n]), self._sound[n:]
-            if unread is not None:  # reading waits for a step; meanwhile the next one runs
-                self._take(unread.item())
-            unread = self._token
-        if unread is not None:
-            self._take(unread.item())
-
-    def _generate(self, sound: mx.array) -> mx.array:
-        """Submit a step with n embeddings of sound [n, D]; its token [1] is yet to come."""
-        decoder = self._model.language_model
-        x = decoder(decoder.embed_tokens(self._token) + sound, self._ffn_weights, self._caches)
-        logits = decoder.embed_tokens.as_linear(x[-1:])  # [1, vocabulary], of the last row only
-        t = self._temperature
-        token = mx.random.categorical(logits / t) if t > 0 else mx.argmax(logits, axis=-1)
-        mx.async_eval(token)
-        return token
-
-    def _take(self, token: int) -> None:
-        """Append a token that was generated, and its text."""
-        k = len(self.tokens)  # its index: it has heard k + 1 + delay frames
-        # The end of sequence is a token like any other until the recording is over.
-        self._ended |= token == self._tokenizer.eos_id and k + self._delay >= self._end
-        if self._ended:
-            return
-        self.tokens.append(self._ids.setdefault(token, token))  # an object per id, not per token
-        self.time = self._audio_time(k + 1)
-        if token == self._word_id:
-            self._group = k
-        else:  # special tokens have no bytes; the bytes of a character may come in several tokens
-            self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
-        if k % 256 == 0:
-            mx.clear_cache()  # freed buffers of sizes that do not come again
-
-    def _write(self, text: str) -> str:
-        """Append text to the group that is open, or to the last word."""
-        text = text if self.text else text.lstrip()
-        if text and (self._group is not None or not self.words):
-            end = self.time if self._group is None else self._audio_time(self._group + 1)
-            start = max(self.words[-1].end if self.words else 0.0, end - LONGEST)
-            self.words.append(Word("", round(start, 3), round(end, 3)))
-            self._group = None  # it has its text; more of it goes to the same word
-        if text:
-            self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
-            self.text += text
-        return text
-
-    def _audio_time(self, frames: int) -> float:
-        """Seconds in the recording, without the silence of flushes, after so many frames."""
-        (start, silence, before), end = self._pause, frames * self._frame
-        return (min(end, max(start, end - silence)) - before) / SAMPLE_RATE
 
 # --------------------------------------------------------------------------------------- subtitles
 
+SHORTEST = 5 / 6  # seconds that a cue stays on screen, and the pause that ends one
+
+
 def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
 
 def wrap(text: str, width: int = 42) -> list[str]:
     """Break text into lines of so many columns: at spaces, and around wide characters."""
     wide, lines = "\u2e80-\uffdc\U0001f000-\U0003ffff", [""]
     # Pieces that stay whole: a wide character with the punctuation behind it, a narrow word.
     for piece in re.findall(rf"\s*(?:[{wide}][^\w\s]{{,9}}|[^\s{wide}]{{1,{width}}})", text):
+        piece = re.sub(r"\s+", " ", piece)  # an empty line would end the cue
         if lines[-1] and columns(lines[-1] + piece) > width:
             lines.append("")
-        lines[-1] = (lines[-1] + piece).lstrip()  # no line starts with a space
+        lines[-1] = (lines[-1] + piece).lstrip()
     return lines
+
 
 class Subtitles:
     """Words to cues of SubRip ("srt") or WebVTT ("vtt"), each as soon as it is complete.
 
-    A cue ends at a pause over 0.8 s, after a sentence, and within 7 s and two lines of 42 columns.
+    A cue ends at a pause, after a sentence, and within 7 s and two lines of 42 columns.
     """
+
     def __init__(self, kind: str):
-        self.srt, self.count, self.first = kind == "srt", 0, 0  # first word of the open cue
+        self.srt, self.count, self.first = kind == "srt", 0, 0  # first: word of the open cue
         self.header = "" if self.srt else "WEBVTT\n\n"
 
     def update(self, words: list[Word], time: float = math.inf) -> str:
@@ -821,24 +1192,28 @@ class Subtitles:
         for word in words[self.first :]:
             text = "".join(other.text for other in cue)
             sentence = re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
-            if cue and (sentence or word.start - cue[-1].end > 0.8
+            if cue and (sentence or word.start - cue[-1].end > SHORTEST
                         or word.end - cue[0].start > 7 or len(wrap(text + word.text)) > 2):
-                out, cue = out + self.close(cue), []
+                out, cue = out + self.close(cue, word.start), []
             cue.append(word)
-        # Is there time for one more word that begins before the pause is too long?
-        return out + self.close(cue) if cue and time > cue[-1].end + 0.8 + LONGEST else out
+        # Is there time for one more word that begins before the pause is long enough?
+        done = cue and time > cue[-1].end + SHORTEST + LONGEST
+        return out + self.close(cue, math.inf) if done else out
 
-    def close(self, cue: list[Word]) -> str:
+    def close(self, cue: list[Word], limit: float) -> str:
+        """The text of a cue, which must be off the screen at `limit` seconds."""
+        self.first += len(cue)
         lines = wrap("".join(word.text for word in cue))
-        start, end, out = cue[0].start, cue[-1].end, ""
+        start, out = cue[0].start, ""
+        end = max(cue[-1].end, min(start + SHORTEST, limit))
         step = (end - start) / -(-len(lines) // 2)  # one group alone may be too long for a cue
-        for i in range(0, len(lines), 2):
+        for i in range(0, len(lines) if lines[0] else 0, 2):
             self.count += 1
             head = f"{self.count}\n" if self.srt else ""
-            times = f"{self.clock(start)} --> {self.clock(start + step)}"
-            out += f"{head}{times}\n" + "\n".join(lines[i : i + 2]) + "\n\n"
+            text = "\n".join(lines[i : i + 2])
+            text = text if self.srt else html.escape(text, quote=False)
+            out += f"{head}{self.clock(start)} --> {self.clock(start + step)}\n{text}\n\n"
             start += step
-        self.first += len(cue)
         return out
 
     def clock(self, seconds: float) -> str:
@@ -846,128 +1221,347 @@ class Subtitles:
         dot = "," if self.srt else "."
         return f"{minutes // 60:02}:{minutes % 60:02}:{ms // 1000:02}{dot}{ms % 1000:03}"
 
+
 # ------------------------------------------------------------------------------------ command line
+
+NOT_PCM = re.compile(  # how mp3, aac, mp4, Matroska, AIFF, CAF, AU, Ogg, FLAC, text, ... begin
+    rb"ID3|\xff[\xe2-\xfb][\x10-\xef]|.{4}ftyp|\x1aE\xdf\xa3|FORM|RIFX|caff|\.snd|OggS|fLaC|#!AMR|"
+    rb"\x30\x26\xb2\x75|\x89PNG|\xff\xd8\xff|PK\x03\x04|\x1f\x8b|[\t\n\r -~]{12}", re.DOTALL)
+PCM_HEADER = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 0, b"WAVEfmt ", 16,
+                         1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16, b"data", 0)
+FAILURES = (OSError, VoxtralError, RuntimeError, ValueError, MemoryError)  # of one recording
+
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
-def arriving_samples(quiet: bool) -> Iterator[np.ndarray]:
-    """Standard input as it comes, up to 4 s at once; threads read on while the model works."""
-    import soundfile  # type: ignore[import-untyped]
-    if sys.stdin.isatty():
-        raise VoxtralError("standard input is a terminal: pipe sound into it")
-    head, (source, sink) = sys.stdin.buffer.read(4), os.pipe()  # to see what it is
-    raw: dict = {"format": "RAW", "subtype": "PCM_16", "endian": "LITTLE"}
-    raw |= {"samplerate": SAMPLE_RATE, "channels": 1}
-    known = head in (b"RIFF", b"RF64", b"fLaC", b"OggS") or head[:3] == b"ID3"
+
+def complain(why: Any) -> int:
+    """Say in one line what is wrong; the result is the exit code for it."""
+    if isinstance(why, OSError) and why.strerror:
+        why = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
+    note("voxtral.py: " + " ".join(str(why).split()))
+    return 1
+
+
+@contextlib.contextmanager
+def signals_to(handler: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler`."""
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def standard_input() -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks of sound as they arrive: the rate in Hz, and samples [n, channels]."""
+    source = 0  # read the descriptor: a thread that waits in sys.stdin holds its lock at exit
+    data = b""
+    while len(data) < 12 and (piece := os.read(source, 1 << 16)):
+        data += piece
+    child: Any = None
+    if NOT_PCM.match(data):
+        child = ffmpeg_child(data)
+        source = child.stdout.fileno()
+        data = b""
+    elif data and not data.startswith((b"RIFF", b"RF64")):
+        data = PCM_HEADER + data  # raw samples: a WAV stream from here on
+
+    def read(n: int) -> bytes:
+        """The next n bytes; fewer only at the end."""
+        nonlocal data
+        while len(data) < n and (piece := os.read(source, 1 << 16)):
+            data += piece
+        wanted, data = data[:n], data[n:]
+        return wanted
+
+    yield from wav_blocks(read)
+    if child and child.wait():
+        raise EOFError("ffmpeg could not read all of it")
+
+
+def ffmpeg_child(head: bytes) -> Any:
+    """A process that turns the rest of standard input, which began with `head`, to WAV."""
+    if not shutil.which("ffmpeg"):
+        raise VoxtralError("neither WAV nor raw PCM; ffmpeg, which is not installed, may read it:"
+                           " ffmpeg -i FILE -f wav - | python voxtral.py -")
+    pipe = subprocess.PIPE
+    child: Any = subprocess.Popen(ffmpeg("pipe:0", "wav"), bufsize=0, stdin=pipe, stdout=pipe,
+                                  stderr=subprocess.DEVNULL)
+
+    def feed() -> None:
+        with contextlib.suppress(OSError), child.stdin:
+            for piece in itertools.chain([head], iter(partial(os.read, 0, 1 << 16), b"")):
+                child.stdin.write(piece)
+
+    threading.Thread(target=feed, daemon=True).start()
+    return child
+
+
+def arriving_samples(stopped: threading.Event, quiet: bool) -> Iterator[np.ndarray]:
+    """Standard input as it comes, up to 4 s at once, until it ends or `stopped` is set.
+
+    A thread reads on while the model works. Raises VoxtralError at the end of a part.
+    """
     blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
-    def copy() -> None:  # libsndfile reads pipes, but must find there what was looked at already
-        with contextlib.suppress(OSError), open(sink, "wb", buffering=0) as file:
-            file.write(head)
-            while data := sys.stdin.buffer.read1():  # type: ignore[union-attr]
-                file.write(data)
-    def read() -> None:
+
+    def receive() -> None:
+        error: Exception | None = None
         try:
-            with soundfile.SoundFile(source, **({} if known else raw)) as sound:
-                for block in to_16k(sound, sound.samplerate // 25):
-                    blocks.put(block)
-            blocks.put(None)
-        except Exception as error:  # noqa: BLE001  whatever it is, the one who waits must learn it
-            blocks.put(VoxtralError(f"cut short, or not sound for a pipe ({error})"))
-    for work in (copy, read):
-        threading.Thread(target=work, daemon=True).start()
-    began, done, last = time.monotonic(), 0, False  # done: in blocks of 40 ms
-    while not last:
-        pieces = [blocks.get()]
-        while len(pieces) < 100 and not blocks.empty():
-            pieces.append(blocks.get())
-        last = not isinstance(pieces[-1], np.ndarray)
-        error = pieces.pop() if last else None
+            for block in to_16k(standard_input()):
+                blocks.put(block)
+        except (RuntimeError, struct.error, KeyError):
+            error = VoxtralError("cut short, or no sound")
+        except (EOFError, OSError, VoxtralError) as failure:
+            error = VoxtralError(str(failure))
+        blocks.put(error)
+
+    threading.Thread(target=receive, daemon=True).start()
+    began = time.monotonic()
+    done = 0  # blocks of 40 ms
+    while not (stopped.is_set() and blocks.empty()):
+        pieces = []
+        with contextlib.suppress(queue.Empty):
+            pieces.append(blocks.get(timeout=0.1))
+            while len(pieces) < 100 and isinstance(pieces[-1], np.ndarray):
+                pieces.append(blocks.get_nowait())
+        last = pieces.pop() if pieces and not isinstance(pieces[-1], np.ndarray) else began
         done += len(pieces)
         yield np.concatenate([np.zeros(0, np.float32), *pieces])
-        if error:
-            raise error
+        if last is None:
+            return
+        if isinstance(last, Exception):
+            raise last
         # A file in a pipe is there at once; a microphone's sound comes no faster than time.
         behind = min(time.monotonic() - began, (done + blocks.qsize()) / 25) - done / 25
         if behind > 2 and not quiet:
             note(f"standard input: decoding is {behind:.1f} s behind")
             quiet = True  # once is enough
 
-def run_file(name: str, model: Voxtral, tokenizer: Any, args: argparse.Namespace, out: Any) -> None:
-    """Transcribe one file, or standard input, to `out`; progress goes to standard error."""
-    stream = Stream(model, tokenizer, delay_ms=args.delay, temperature=args.temperature)
-    subtitles, total, pieces = Subtitles(args.format), "", arriving_samples(args.quiet)
+
+class Writer:
+    """Writes the transcript of a recording as --format says, and progress to standard error.
+
+    With --output-dir a file appears only when it is complete.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.name = name
+        self.args = args
+        self.out: Any = sys.stdout
+        self.subtitles = Subtitles(args.format)
+
+    def __enter__(self) -> Writer:
+        if self.args.output_dir:
+            self.path = output_path(self.name, self.args)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.scratch = self.path.with_name(f".{os.getpid()}-{self.path.name}")
+            self.out = open(self.scratch, "w", encoding="utf-8")
+        # Where text and progress would share the line of a terminal, the text is the progress.
+        shared = self.args.format == "text" and self.out.isatty()
+        visible = sys.stderr.isatty() and not self.args.quiet and not shared
+        self.erase = "\r\x1b[K" if visible else ""
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        print(self.erase, end="", file=sys.stderr, flush=True)
+        if self.args.output_dir:
+            self.out.close()
+            if kind:
+                self.scratch.unlink()
+            else:
+                os.replace(self.scratch, self.path)
+
+    def write(self, text: str, heard: Any, progress: str = "", time: float = math.inf) -> None:
+        """Write new text, or the cues of heard.words that are complete; then show progress."""
+        if self.args.format in ("srt", "vtt"):
+            text = self.subtitles.update(heard.words, time)
+        print(self.erase, end="", file=sys.stderr, flush=True)
+        print("" if self.args.format == "json" else text, end="", file=self.out, flush=True)
+        print(progress if self.erase else "", end="", file=sys.stderr, flush=True)
+
+    def end(self, heard: Any, seconds: float, speed: str, loudest: float) -> None:
+        """Write the JSON record of `heard`, and the summary."""
+        if self.args.format == "json":
+            record = {"file": self.name, "model": self.args.model, "duration": seconds,
+                      "delay_ms": delay_of(self.name, self.args), "text": heard.text,
+                      "tokens": heard.tokens, "words": [asdict(word) for word in heard.words]}
+            print(json.dumps(record, ensure_ascii=False), file=self.out, flush=True)
+        if loudest < 1e-4:
+            complain(f"{self.name}: nothing is heard: silence, or channels that cancel out")
+        if not self.args.quiet:
+            note(f"{self.name}: {speed}")
+
+
+def output_path(name: str, args: argparse.Namespace) -> Path:
+    kind = "txt" if args.format == "text" else args.format
+    return Path(args.output_dir, f"{'stdin' if name == '-' else Path(name).stem}.{kind}")
+
+
+def delay_of(name: str, args: argparse.Namespace) -> int:
+    return args.delay or (480 if name == "-" else max(DELAYS_MS))
+
+
+def run_stream(name: str, pieces: Iterable[np.ndarray], total: str, model: Voxtral, tokenizer: Any,
+               args: argparse.Namespace) -> None:
+    """Transcribe a recording piece by piece, and write the text as it is decoded.
+
+    If the pieces end in an error, what was heard before is finished first.
+    """
+    stream = Stream(model, tokenizer, delay_ms=delay_of(name, args), temperature=args.temperature)
+    began = time.perf_counter()
+    seconds = loudest = 0.0
+    error = None
+    with Writer(name, args) as writer:
+        try:
+            for piece in pieces:
+                text = stream.feed(piece)
+                seconds += len(piece) / SAMPLE_RATE
+                loudest = max(loudest, np.abs(piece).max(initial=0))
+                speed = f"{seconds:.1f}{total} s, {seconds / (time.perf_counter() - began):.1f} x real time"
+                writer.write(text, stream, speed, stream.time)
+        except VoxtralError as failure:
+            error = failure
+        finally:  # what was printed ends with its line, also after a second Ctrl-C
+            if seconds and sys.exc_info()[0]:
+                writer.write("\n", stream, time=0)
+        if not seconds:
+            raise error or VoxtralError("holds no samples")
+        writer.write(stream.finish() + "\n", stream)
+        writer.end(stream, seconds, speed, loudest)
+    if error:
+        raise error
+
+
+def run_one(name: str, *context: Any) -> int:
+    """Transcribe a file, or standard input until it ends or Ctrl-C; returns the exit code."""
     if name != "-":
-        samples, step = load_audio(name), 4 * SAMPLE_RATE  # text is to appear as it is decoded
-        total = f" of {len(samples) / SAMPLE_RATE:.1f}"
-        pieces = (samples[i : i + step] for i in range(0, len(samples), step))
-    # Where text and progress would share the line of a terminal, the text is the progress.
-    shared = args.format == "text" and out.isatty()
-    erase = "\r\x1b[K" if sys.stderr.isatty() and not args.quiet and not shared else ""
-    began, heard, seconds, speed = time.perf_counter(), 0, 0.0, ""
-    try:
-        for piece in itertools.chain(pieces, [None]):
-            text = stream.finish() if piece is None else stream.feed(piece)
-            if args.format in ("srt", "vtt"):
-                text = subtitles.update(stream.words, math.inf if piece is None else stream.time)
-            print(erase, end="", file=sys.stderr, flush=True)
-            print("" if args.format == "json" else text, end="", file=out, flush=True)
-            heard += 0 if piece is None else len(piece)
-            seconds = heard / SAMPLE_RATE
-            times = seconds / (time.perf_counter() - began)
-            speed = f"{seconds:.1f}{total} s, {times:.1f} x real time"
-            print(speed if erase else "", end="", file=sys.stderr, flush=True)
-    finally:  # what was printed ends with its line, even after Ctrl-C
-        print(erase, end="", file=sys.stderr, flush=True)
-        if args.format == "text" and seconds:
-            print(file=out, flush=True)
-    if not seconds:
-        raise VoxtralError("holds no samples")
-    if args.format == "json":
-        delay = args.delay or int(tokenizer.audio.transcription_delay_ms)
-        record = {"file": name, "model": args.model, "delay_ms": delay, "duration": seconds,
-                  **asdict(Transcript(stream.text, stream.tokens, stream.words))}
-        print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
-    if not args.quiet:
-        note(f"{name}: {speed}")
+        samples, code = load_or_complain(name)
+        cuts = range(64 * 1280, len(samples), 64 * 1280)  # 64 steps are a size of the encoder
+        run_stream(name, np.split(samples, cuts), f" of {len(samples) / SAMPLE_RATE:.1f}", *context)
+        return code
+    if sys.stdin is None or os.isatty(0):
+        raise VoxtralError("standard input is closed or a terminal: pipe sound into it")
+    stopped = threading.Event()
+
+    def stop(*_: Any) -> None:  # the next signal leaves at once
+        stopped.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+    with signals_to(stop):
+        try:
+            run_stream(name, arriving_samples(stopped, context[-1].quiet), "", *context)
+        except VoxtralError as error:
+            if not stopped.is_set():
+                raise VoxtralError(f"standard input: {error}") from error
+    return 130 if stopped.is_set() else 0
+
+
+def load_or_complain(name: str) -> tuple[np.ndarray, int]:
+    """A file's samples and 0, or what could be read of them and 1."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        samples = load_audio(name)
+    return samples, max([complain(warning.message) for warning in caught], default=0)
+
+
+def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
+    """Cut a recording into at most n pieces of at least 30 s where it is quietest.
+
+    Each even cut moves to the middle of the quietest 0.3 s that are less than 5 s away.
+    """
+    tick = SAMPLE_RATE // 50  # 20 ms
+    n = max(1, min(n, len(samples) // (40 * SAMPLE_RATE)))
+    power = np.square(samples[: len(samples) // tick * tick]).reshape(-1, tick).mean(axis=1)
+    loudness = np.convolve(power, np.ones(15), "same")  # of the 0.3 s around each tick
+    evens = [len(power) * k // n for k in range(1, n)]
+    cuts = [even - 250 + int(np.argmin(loudness[even - 250 : even + 250])) for even in evens]
+    return np.split(samples, [cut * tick for cut in cuts])
+
+
+def run_batch(names: list[str], model: Voxtral, tokenizer: Any, args: argparse.Namespace) -> int:
+    """Transcribe files, or pieces of them, --batch at a time, the longest together."""
+    code = 0
+    began = time.perf_counter()
+    pieces: list[tuple[str, np.ndarray]] = []
+    for name in names:
+        try:
+            samples, problem = load_or_complain(name)
+            code |= problem
+            pieces += [(name, piece) for piece in cut_at_pauses(samples, args.batch)]
+        except FAILURES as error:
+            code |= complain(error)
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1]))
+    parts: dict[int, Transcript] = {}
+    for start in range(0, len(order), args.batch):
+        some = order[start : start + args.batch]
+        parts |= zip(some, transcribe(model, tokenizer, [pieces[i][1] for i in some],
+                                      delay_ms=args.delay, temperature=args.temperature))
+    total = sum(len(piece) for _, piece in pieces) / SAMPLE_RATE
+    speed = f"{total:.1f} s in all, {total / (time.perf_counter() - began):.1f} x real time"
+    for name in dict.fromkeys(name for name, _ in pieces):
+        whole = Transcript(tokenizer)
+        seconds = loudest = 0.0
+        for i, (of, piece) in enumerate(pieces):
+            if of == name:
+                whole.extend(parts[i], seconds)
+                seconds += len(piece) / SAMPLE_RATE
+                loudest = max(loudest, np.abs(piece).max(initial=0))
+        with Writer(name, args) as writer:
+            writer.write(whole.text + "\n", whole)
+            writer.end(whole, seconds, speed, loudest)
+    return code
+
 
 def run_files(args: argparse.Namespace) -> int:
-    """Transcribe all files; a bad one does not stop the others, but the exit code tells."""
-    files = [name for name in args.audio if name == "-" or Path(name).exists()]
-    failed = [complain(f"{name}: no such file") for name in args.audio if name not in files]
+    """Transcribe all recordings; a bad one does not stop the others, but the exit code tells."""
+    files = [name for name in args.audio if name == "-" or os.path.exists(name)]
+    code = max([complain(f"{n!r}: no such file") for n in args.audio if n not in files], default=0)
     if not files:  # say so before gigabytes are loaded
-        return 1
-    began, device = time.perf_counter(), mx.default_device()
+        return code
+    began = time.perf_counter()
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
+    device = mx.default_device()
     if not args.quiet:
         size = mx.get_active_memory() / 1e9
         slow = " only: far slower than real time" if device == mx.cpu and size > 1 else ""
         note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}{slow}")
     world = mx.distributed.init()  # under mlx.launch: each process takes every n-th file
-    for name in files[world.rank() :: world.size()]:
-        out = io.StringIO() if world.size() > 1 else sys.stdout
+    share = files[world.rank() :: world.size()]
+    # Processes write a recording in one piece, so that their lines do not mix.
+    batch = args.batch if args.batch > 1 or world.size() > 1 else 0
+    groups = [share[i : i + max(1, batch)] for i in range(0, len(share), max(1, batch))]
+    for group in groups:
         try:
-            run_file(name, model, tokenizer, args, out)
-        except (VoxtralError, PermissionError, IsADirectoryError) as error:
-            why = str(getattr(error, "strerror", error))
-            failed.append(complain(why if name in why else f"{name}: {why}"))
-        if isinstance(out, io.StringIO):  # in one piece, between those of the others
-            print(out.getvalue(), end="", flush=True)
-    return int(bool(failed))
+            if batch and "-" not in group:
+                code |= run_batch(group, model, tokenizer, args)
+            else:
+                for name in group:
+                    code = max(code, run_one(name, model, tokenizer, args))
+        except BrokenPipeError:
+            raise
+        except FAILURES as error:
+            hint = "; a smaller --batch needs less memory" if args.batch > 1 else ""
+            code |= complain(f"{error}{hint}" if group[0] in str(error) else f"{', '.join(group)}: {error}{hint}")
+    return code
 
-def complain(message: str) -> int:  # in one line; the result is the exit code for it
-    note("voxtral.py: " + " ".join(message.split()))
-    return 1
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("voxtral.py", description="Speech to text: Voxtral in MLX.")
     add = parser.add_argument
-    add("audio", nargs="*", help="audio files (wav, flac, ogg, mp3, aiff), or - for standard input:"
-        " a WAV stream or raw 16-bit little-endian mono 16 kHz samples, transcribed as it arrives")
+    add("audio", nargs="*", help="audio files: wav, flac, ogg, mp3, and if ffmpeg is installed all"
+        " that it reads; or - for standard input, transcribed as it arrives: a WAV stream or raw"
+        " 16-bit little-endian mono 16 kHz samples, or through ffmpeg")
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
-    add("--delay", type=int, metavar="MS", help="how long to listen before committing to a word:"
-        " a multiple of 80 from 80 to 2400 (default: the model's, 480)")
+    add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="how long to listen before"
+        " committing to a word: 80 to 1200 in steps of 80, or 2400 (default: 480 for -, else 2400)")
     add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
+    add("--output-dir", metavar="DIR", help="write a file per recording to DIR: NAME.txt, ...")
+    add("--batch", type=int, metavar="N", default=1, choices=range(1, 1025), help="transcribe N"
+        " recordings at a time; those over 80 s are cut at quiet places to fill up")
     add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
     add("--quiet", action="store_true", help="no progress, no summary")
@@ -977,24 +1571,39 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
         parser.error("name audio files (- once at most), or --convert DIR without any")
-    for stream in (sys.stdout, sys.stderr):
+    if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
+        parser.error(f"several files as {args.format} need --output-dir")
+    if args.output_dir and len({output_path(n, args) for n in args.audio}) < len(args.audio):
+        parser.error("two of these would be written to the same file of --output-dir")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # standard streams that were closed: their numbers must not go to other files
+    os.close(number)
+    sys.stderr = sys.stderr or io.StringIO()
+    args = parse_args(argv)
+    if sys.stdout is None and not args.output_dir:
+        return complain("standard output is closed")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        if not args.convert:
-            return run_files(args)
-        settings = {"bits": args.bits, "group_size": args.group_size, "dtype": args.dtype}
-        before, after = convert(args.model, args.convert, **settings)
-        note(f"{args.convert}: {before:,} bytes -> {after:,} bytes")
+        with signals_to(signal.default_int_handler):
+            if not args.convert:
+                return run_files(args)
+            settings = {"bits": args.bits, "group_size": args.group_size, "dtype": args.dtype}
+            size = convert(args.model, args.convert, **settings)
+        note(f"{args.convert}: {size / 1e9:.2f} GB")
         return 0
-    except (VoxtralError, RuntimeError) as error:  # the latter is MLX's: no memory, no space
-        return complain(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return complain("standard output was closed")
-    except OSError as error:
-        return complain(f"{error.filename}: {error.strerror}")
+    except (VoxtralError, RuntimeError, OSError) as error:  # RuntimeError: MLX has no memory
+        return complain(error)
     except KeyboardInterrupt:
         return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

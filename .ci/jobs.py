@@ -1,0 +1,183 @@
+"""What takes too long, or other programs, for a test. usage: python .ci/jobs.py JOB [argument]
+
+    digits              every clip, delay and layout of ../shared/digits against expected.json
+    live [clip]         a clip through a pipe as fast as it was spoken: how late is each word?
+    hours [n]           memory and speed of a stream of n hours
+    golden              write .ci/golden.json: what transformers says to seeded inputs
+    learn               a small model learns to transcribe before your eyes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import test_voxtral as T
+import voxtral as V
+
+DIGITS = ROOT.parent / "shared" / "digits"
+LAYOUTS = {  # how many more word errors than the original each may have; None: the same tokens
+    "original": None, "voxmlx-bf16-sharded": None, "transformers": None,
+    "voxmlx-6bit": 2, "mlxaudio-4bit": 4}
+
+
+def digits() -> int:
+    expected = json.loads((DIGITS / "clips/expected.json").read_text())
+    errors: dict[str, int] = {}
+    failures = 0
+    for layout, allowed in LAYOUTS.items():
+        model, tokenizer, _ = V.load_voxtral_model(DIGITS / layout, "float32")
+        errors[layout] = 0
+        for clip, delay in [(clip, delay) for clip, by in expected.items() for delay in by]:
+            samples = V.load_audio(DIGITS / "clips" / clip)
+            truth = json.loads((DIGITS / "clips" / clip).with_suffix(".json").read_text())
+            got = V.transcribe(model, tokenizer, samples, delay_ms=int(delay))
+            errors[layout] += T.distance(got.text.split(), truth["text"].split())
+            tokens = expected[clip][delay]["tokens"]
+            if allowed is None and got.tokens != tokens[: tokens.index(2)]:
+                failures += 1
+                print(f"{layout}, {clip} at {delay} ms: differs")
+            if layout == "original" and delay != "2400":
+                failures += late(f"{clip} at {delay} ms", got.words, truth["words"])
+        print(f"{layout}: {errors[layout]} word errors", flush=True)
+        failures += errors[layout] > errors["original"] + (allowed or 0)
+    return failures
+
+
+def late(what: str, words: list[V.Word], truth: list[dict]) -> bool:
+    """Print the median errors of a clip's times, where all words are right; say if one is large."""
+    if [word.text.strip() for word in words] != [true["word"] for true in truth]:
+        return False
+    ends, starts = (np.median([abs(getattr(word, side) - true[side])
+                               for word, true in zip(words, truth)]) for side in ("end", "start"))
+    print(f"{what}: median error of ends {ends * 1e3:.0f} ms, of starts {starts * 1e3:.0f} ms")
+    return bool(ends > 0.08 or starts > 0.15)
+
+
+def live(clip: str = "medium") -> None:
+    truth = json.loads((DIGITS / f"clips/{clip}.json").read_text())["words"]
+    pcm = (V.load_audio(DIGITS / f"clips/{clip}.wav") * 32767).astype("<i2").tobytes()
+    program = subprocess.Popen(
+        [sys.executable, ROOT / "voxtral.py", "--quiet", "--model", DIGITS / "original",
+         "--dtype", "float32", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert program.stdin and program.stdout
+    time.sleep(5)  # until the model is there
+    sink = program.stdin
+    start = time.monotonic()
+
+    def speak() -> None:
+        for i in range(0, len(pcm), 2560):
+            time.sleep(max(0, start + (i + 2560) / 32_000 - time.monotonic()))
+            sink.write(pcm[i : i + 2560])
+            sink.flush()
+        sink.close()
+
+    threading.Thread(target=speak).start()
+    text = b""
+    seen = []
+    while piece := program.stdout.read1():  # type: ignore[attr-defined]
+        text += piece
+        seen.append((time.monotonic() - start, text.decode(errors="ignore").split()))
+    delays = [next(at for at, words in seen if words[i : i + 1] == [true["word"]]) - true["end"]
+              for i, true in enumerate(truth)]
+    print(f"{len(delays)} words, each there {min(delays):.2f} to {max(delays):.2f} s after its"
+          f" end, median {np.median(delays):.2f} s")
+
+
+def hours(n: str = "3") -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        T.write_original(Path(folder), T.make_model())
+        model, tokenizer, _ = V.load_voxtral_model(folder)
+    stream = V.Stream(model, tokenizer)
+    sound = np.random.RandomState(0).randn(60 * 16_000).astype(np.float32) * 0.1
+    for minute in range(1, round(float(n) * 60) + 1):
+        start = time.perf_counter()
+        stream.feed(sound)
+        seconds = time.perf_counter() - start
+        if minute in (1, 2, 5, 10) or minute % 30 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+            print(f"{minute} minutes: {resident:.1f} MB resident,"
+                  f" {mx.get_active_memory() / 1e6:.2f} MB of MLX's, a minute takes"
+                  f" {seconds:.1f} s, {len(stream.tokens)} tokens", flush=True)
+
+
+def transformers_says(folder: Path, mel: mx.array, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """test_voxtral.cross_check, by VoxtralRealtimeForConditionalGeneration; writes to `folder`."""
+    import torch  # type: ignore[import-not-found]
+    from transformers import (  # type: ignore[import-not-found]
+        VoxtralRealtimeForConditionalGeneration,
+    )
+
+    def part(sizes: dict, kind: str) -> dict:
+        rope = {"rope_theta": sizes["rope_theta"], "rope_type": "default"}
+        names = {theirs: sizes[our] for theirs, our in V.FIELDS.items() if our in sizes}
+        return {**names, "rope_parameters": rope, "model_type": f"voxtral_realtime_{kind}"}
+
+    config = T.config()
+    encoder = config["multimodal"]["whisper_model_args"]["encoder_args"]
+    settings = {
+        "architectures": ["VoxtralRealtimeForConditionalGeneration"],
+        "model_type": "voxtral_realtime", "downsample_factor": 4, "hidden_size": config["dim"],
+        "audio_config": {**part(encoder, "encoder"), "num_mel_bins": 128},
+        "text_config": part(config, "text"), "dtype": "float32", "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    weights = T.their_names(T.make_model(), "transformers")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    model = VoxtralRealtimeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    features = torch.tensor(np.array(mel).T[None].copy())
+    with torch.no_grad():
+        sound = model.eval().get_audio_features(features)
+        out = {"encoder": sound.last_hidden_state[0], "adapter": sound.pooler_output[0]}
+        for delay in (1, 6, 30):
+            result = model(input_ids=torch.tensor(ids[None]), input_features=features,
+                           num_delay_tokens=delay)
+            out[f"logits {delay}"] = result.logits[0]
+    return {name: x.numpy() for name, x in out.items()}
+
+
+def digest(arrays: dict[str, np.ndarray]) -> dict[str, list]:
+    """A few numbers of each array, and the likeliest tokens."""
+    out: dict[str, list] = {}
+    for name, x in arrays.items():
+        few = x[:: len(x) // 6, :: x.shape[1] // 4].ravel()[:24]
+        out[name] = [round(float(value), 6) for value in few]
+        if name.startswith("logits"):
+            out[name.replace("logits", "tokens")] = x.argmax(-1).tolist()
+    return out
+
+
+def golden() -> None:
+    import torch
+    import transformers
+
+    mel, ids, _ = T.cross_check()
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = digest(transformers_says(Path(folder), mel, ids))
+    by = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    rows = [f'"by": "{by}"', *(f'"{name}": {values}' for name, values in numbers.items())]
+    (ROOT / ".ci/golden.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def learn() -> None:
+    T.show_learning()
+
+
+JOBS = {"digits": digits, "live": live, "hours": hours, "golden": golden, "learn": learn}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in JOBS:
+        sys.exit(bool(JOBS[sys.argv[1]](*sys.argv[2:])))  # type: ignore[operator]
+    sys.exit(__doc__)

@@ -1,0 +1,239 @@
+"""Downloads over HTTP from a small hub of our own, and folders that are no checkpoint."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import voxtral as V
+from test_voxtral import (
+    HERE,
+    call,
+    config,
+    equal,
+    make_model,
+    quantised,
+    their_names,
+    write,
+    write_tekken,
+)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub of one repository: `folder`; it logs what it is asked, and cuts the first weights."""
+
+    folder = log = None
+
+    def do_HEAD(self):
+        name = self.path.split("?")[0].removeprefix(f"/{V.DEFAULT_MODEL_ID}/resolve/{'0' * 40}/")
+        api = f"/api/models/{V.DEFAULT_MODEL_ID}"
+        if self.path.startswith(api):
+            files = sorted(path for path in self.folder.iterdir())
+            info = {"id": V.DEFAULT_MODEL_ID, "sha": "0" * 40,
+                    "siblings": [{"rfilename": path.name} for path in files]}
+            tree = [{"type": "file", "path": path.name, "size": path.stat().st_size,
+                     "oid": hashlib.sha1(path.read_bytes()).hexdigest()} for path in files]
+            data = json.dumps(tree if "/tree/" in self.path else info).encode()
+        elif (self.folder / name).is_file() and "/" not in name:
+            data = (self.folder / name).read_bytes()
+        else:
+            gated = "gated" in self.path
+            why = {"X-Error-Code": "GatedRepo" if gated else "RepoNotFound"}
+            return self.answer(403 if gated else 404, b"", why)
+        first = int((self.headers["Range"] or "bytes=0-")[6:].split("-")[0])
+        self.log.append((self.command, self.path.split("/")[-1], first))
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": "0" * 40}
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        self.answer(206 if first else 200, data[first:], headers)
+
+    do_GET = do_HEAD
+
+    def answer(self, code, data, headers):
+        self.send_response(code)
+        for key, value in {**headers, "Content-Length": len(data)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        cut = code == 200 and self.path.endswith("model.safetensors")  # in the middle, once
+        if self.command == "GET":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    (tmp_path / "hub").mkdir()
+    handler = type("ThisHub", (Hub,), {"folder": tmp_path / "hub", "log": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    with contextlib.suppress(OSError):
+        server.shutdown()
+        server.server_close()
+
+
+def download(hub, name=V.DEFAULT_MODEL_ID):
+    """What a process of its own prints that loads a model: the folder, or one line of error."""
+    code = ("import sys, voxtral as V, huggingface_hub.constants as C\n"
+            "C.DOWNLOAD_CHUNK_SIZE = 1000  # 10 MB: what is lost where a download is cut\n"
+            "try: V.load_voxtral_model(sys.argv[1]); "
+            "print(V.download_weights(sys.argv[1]))\nexcept V.VoxtralError as e: print(e)")
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+           "HF_HOME": str(hub.RequestHandlerClass.folder.parent / "cache"), "HF_HUB_OFFLINE": "0",
+           "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True,
+                          text=True, timeout=120, check=True)
+    return done.stdout.strip()
+
+
+def fetched(hub):
+    """The weights that were sent since the last question, and from which byte on."""
+    log = hub.RequestHandlerClass.log
+    sent = [(name, first) for how, name, first in log if how == "GET" and "safetensors" in name
+            and not name.endswith(".json")]
+    log.clear()
+    return sorted(sent)
+
+
+def test_the_default_model_is_downloaded_once_and_resumed(hub, tmp_path):
+    write(tmp_path / "hub", "converted", quantised("6 bits"))
+    (tmp_path / "hub" / "README.md").write_text("not needed")
+    folder = Path(download(hub))
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tekken.json"}
+    half = (tmp_path / "hub" / "model.safetensors").stat().st_size // 2
+    assert fetched(hub) == [("model.safetensors", 0), ("model.safetensors", half // 1000 * 1000)]
+    assert download(hub) == str(folder) and fetched(hub) == []
+    hub.shutdown()
+    hub.server_close()
+    assert download(hub) == str(folder)  # the hub is gone
+    missing = download(hub, "nobody/nothing")
+    assert missing.startswith("nobody/nothing: no such folder, not downloaded yet")
+    assert len(missing) <= 160 and "\n" not in missing
+
+
+def test_one_set_of_weights_and_all_shards_are_downloaded(hub, tmp_path):
+    write(tmp_path / "hub", "transformers", make_model())
+    write(tmp_path / "hub", "original", make_model())
+    assert Path(download(hub)).is_dir()
+    assert fetched(hub) == [("consolidated.safetensors", 0)]
+    for path in (tmp_path / "hub").iterdir():
+        path.unlink()
+    shutil.rmtree(tmp_path / "cache")
+    sharded(tmp_path / "hub")
+    assert Path(download(hub)).is_dir()
+    assert fetched(hub) == [(f"model-{i}.safetensors", 0) for i in range(3)]
+
+
+def test_what_cannot_be_downloaded_is_one_line(hub, tmp_path):
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "hub" / "model.safetensors").write_bytes(bytes(100))
+    for name, why in ((V.DEFAULT_MODEL_ID, "a llama checkpoint; needed: Voxtral"),
+                      ("some/gated", "accept its owner's terms"),
+                      ("nobody/nothing", "no such folder, nor on the hub"),
+                      ("no/such/folder", "no such folder, and no name for the hub")):
+        line = download(hub, name)
+        assert line.startswith(f"{name}: {why}") and "\n" not in line and len(line) <= 160
+    assert fetched(hub) == []
+
+
+def sharded(folder):
+    weights, index = sorted(tree_flatten(make_model().parameters())), {}
+    for i in range(3):
+        mx.save_safetensors(str(folder / f"model-{i}.safetensors"), dict(weights[i::3]))
+        index |= {name: f"model-{i}.safetensors" for name, _ in weights[i::3]}
+    (folder / "config.json").write_text(json.dumps(config()))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    write_tekken(folder)
+
+
+def test_a_lost_shard_is_named(tmp_path):
+    sharded(tmp_path)
+    assert equal(V.load_voxtral_model(tmp_path)[0], make_model())
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(V.VoxtralError, match="model-1"):
+        V.load_voxtral_model(tmp_path)
+
+
+def damage(folder, what):
+    """One thing wrong with a folder of the original layout."""
+    path, params = folder / "consolidated.safetensors", folder / "params.json"
+    weights, sizes = dict(mx.load(str(path))), json.loads(params.read_text())
+    mx.eval(weights)
+    changes = {"missing": {"norm.weight": None}, "unexpected": {"extra.weight": mx.zeros(3)},
+               "shape": {"norm.weight": mx.zeros(3)}, "type": {"norm.weight": None},
+               "scales of a norm": {"norm.scales": mx.zeros((1, 1))},
+               "no columns": {"layers.0.attention.wq.scales": mx.zeros((64, 0))},
+               "a number": {"layers.0.attention.wq.scales": mx.array(1.0)},
+               "9 bits": {"layers.0.attention.wq.scales": mx.zeros((64, 1))}}
+    weights = {k: w for k, w in (weights | changes.get(what, {})).items() if w is not None}
+    if what == "packed as floats":
+        weights = {name: w.view(mx.float32) if w.dtype == mx.uint32 else w
+                   for name, w in their_names(quantised("8 bits"), "original").items()}
+    mx.save_safetensors(str(path), weights)
+    fields = {"field": {"dim": None}, "word": {"n_heads": "many"}, "absurd": {"n_layers": 10**9},
+              "no heads": {"n_heads": 0}}
+    sizes = {k: v for k, v in (sizes | fields.get(what, {})).items() if v is not None}
+    params.write_text("{" if what == "json" else json.dumps(sizes))
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-1000], "garbage": b"\xff" * 1000, "empty": b""}.get(what, data))
+    if what == "tokenizer":
+        (folder / "tekken.json").unlink()
+    elif what in TOKENIZERS:
+        write_tekken(folder, **TOKENIZERS[what])
+    elif what in STRANGERS:
+        params.unlink()
+        (folder / "config.json").write_text(json.dumps(STRANGERS[what]))
+    elif what == "outside":
+        path.rename(folder.parent / "other.safetensors")
+        write(folder, "converted", make_model())
+        index = json.dumps({"weight_map": {"a": "../other.safetensors"}})
+        (folder / "model.safetensors.index.json").write_text(index)
+    elif what == "no weights":
+        path.unlink()
+
+
+TOKENIZERS = {"vocabulary": {"vocab_size": 1300}, "old": {"version": "v99"},
+              "no audio": {"audio_is_there": False}}
+STRANGERS = {"whisper": {"model_type": "whisper"}, "list": [1], "number": 3}
+DAMAGE = {  # what is wrong: what the one line must say
+    "missing": "language_model.norm.weight", "unexpected": "extra.weight", "shape": "norm.weight",
+    "scales of a norm": "", "no columns": "", "a number": "", "9 bits": "", "packed as floats": "",
+    "field": "dim", "word": "n_heads is 'many'", "absurd": "n_layers", "no heads": "n_heads is 0",
+    "json": "", "cut": "", "garbage": "", "empty": "", "tokenizer": "tekken.json",
+    "vocabulary": "tekken.json", "old": "tekken.json", "no audio": "tekken.json",
+    "whisper": "a whisper checkpoint; needed: Voxtral Mini 4B Realtime", "list": "", "number": "",
+    "outside": "../other.safetensors", "no weights": "not a model folder",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_or_strange_folder_is_one_clear_line(tmp_path, what):
+    folder = write(tmp_path / "model", "original", make_model())
+    damage(folder, what)
+    code, out, err = call("--model", folder, "--quiet", HERE / ".ci/digits/short.flac")
+    assert (code, out, len(err)) == (1, "", 1)
+    assert str(folder) in err[0] and DAMAGE[what] in err[0]
+
+
+def test_the_script_header_is_requirements_txt():
+    """PEP 723: what `uv run voxtral.py` installs."""
+    text = (HERE / "voxtral.py").read_text()
+    block = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", text)[1]
+    assert '# requires-python = ">=3.10"\n' in block
+    listed = re.findall(r"(?m)^#   '(.*)',$", block)
+    assert listed == (HERE / "requirements.txt").read_text().splitlines()
