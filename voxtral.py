@@ -602,9 +602,10 @@ class Voxtral(nn.Module):
         return EncoderState(self.encoder_args, batch)
 
     def most_steps(self, batch: int) -> int:
-        """How many steps of B recordings the encoder takes at once; they share the memory."""
-        # Two windows keep a GPU busy, and more cost more attention. On a CPU one is best.
-        windows = 2 if mx.default_device() == mx.gpu else 1
+        """How many steps of each of B recordings the encoder takes at once."""
+        # Two windows keep a GPU busy, and more cost more attention. Several recordings share one,
+        # for the sake of memory. On a CPU one is best.
+        windows = 2 if batch == 1 and mx.default_device() == mx.gpu else 1
         return max(12, windows * self.encoder_args.sliding_window * 2 // self.step_frames // batch)
 
     def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:

@@ -221,6 +221,17 @@ DAMAGE = {  # what is wrong: what the one line must say
 }
 
 
+def test_voxmlx_loads_what_we_convert(tmp_path):
+    weights = pytest.importorskip("voxmlx.weights")
+    for bits in (None, 6, 4):
+        folder = tmp_path / str(bits)
+        V.convert(HERE / ".ci/digits", folder, bits=bits)
+        theirs = dict(tree_flatten(weights.load_model(str(folder))[0].parameters()))
+        ours = dict(tree_flatten(V.prepare_model(folder, None)[0].parameters()))
+        assert ours.keys() == theirs.keys()
+        assert all(mx.array_equal(w, theirs[name]) for name, w in ours.items())
+
+
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_or_strange_folder_is_one_clear_line(tmp_path, what):
     folder = write(tmp_path / "model", "original", make_model())

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test_voxtral as T
 import voxtral as V
 
-pytestmark = pytest.mark.skipif(mx.default_device() != mx.gpu, reason="needs a GPU")
+if mx.default_device() != mx.gpu:
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 
 def test_a_cache_of_the_real_sizes(steps: int = 10_100, window: int = 8192) -> None:
