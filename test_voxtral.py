@@ -677,7 +677,8 @@ def test_a_stream_may_be_fed_from_several_threads(checkpoint, noise, tmp_path):
                 work = lambda: stream.feed(x[i : i + 3000])
                 elsewhere(work) if i % 9000 else work()
             elsewhere(stream.finish)
-            print(stream.tokens == expected, len(stream.tokens) == len(expected))"""
+            late = len(expected) - len(stream.tokens)  # a sample may end up to 11 steps early
+            print(stream.tokens == expected, 0 <= late <= 11)"""
     done = subprocess.run(
         [sys.executable, "-c", code, checkpoint, tmp_path / "noise.npy"], capture_output=True,
         env=os.environ | {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(HERE)}, check=False)
@@ -1095,7 +1096,7 @@ def test_readme_says_what_is(checkpoint, loaded, tmp_path, noise, monkeypatch, c
 
 
 def test_files_are_short():
-    for name, most in (("voxtral.py", 1650), ("test_voxtral.py", 1300)):
+    for name, most in (("voxtral.py", 1630), ("test_voxtral.py", 1300)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= most and max(map(len, lines)) <= 100
 

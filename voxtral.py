@@ -69,7 +69,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import signal
@@ -79,7 +78,6 @@ import sys
 import tempfile
 import threading
 import time
-import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -108,6 +106,10 @@ class VoxtralError(Exception):
 # ------------------------------------------------------------------------------------------- audio
 # Sound to a log-mel spectrogram. The numbers are those of mistral-common's AudioSpectrogramConfig.
 
+IS_WAV = re.compile(rb"(RIFF|RF64)....WAVE", re.DOTALL)
+JOINT = re.compile(rb"(?s)(?=OggS\0\x02|fLaC[\0\x80]\0\0\x22|RIFF....WAVE)")  # a file begins
+DAMAGE = (RuntimeError, struct.error, KeyError)  # raised where a file cannot be parsed
+
 
 def load_audio(path: str | Path) -> np.ndarray:
     """Read an audio file as float32 mono samples [n] at 16 kHz, within about -1..1.
@@ -116,17 +118,21 @@ def load_audio(path: str | Path) -> np.ndarray:
     libsndfile refuses or leaves a part of. Channels are averaged. Warns where a part is missing.
     Raises OSError, and VoxtralError for what holds no sound.
     """
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise VoxtralError(f"{path}: a pipe or device; to read it: python voxtral.py - < {path}")
-    samples, problem = decode(path)
-    if problem and shutil.which("ffmpeg"):
-        done = subprocess.run(ffmpeg(f"file:{path}", "f32le"), capture_output=True, check=False)
-        more = np.frombuffer(done.stdout[: len(done.stdout) // 4 * 4], "<f4")
-        if len(more) >= len(samples) - 1600:  # as much, or more; a codec's delay makes no difference
-            samples = more
-            problem = ffmpeg_error(done) if done.returncode else problem * ("cut short" in problem)
-    elif problem:
+    samples, problem = decode(Path(path).read_bytes())
+    if problem and not shutil.which("ffmpeg"):
         problem += "; ffmpeg, which is not installed, may read more"
+    elif problem:
+        done = subprocess.run(ffmpeg(f"file:{path}", "f32le"), capture_output=True, check=False)
+        more = np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4)
+        if len(more) > len(samples) + 160 or not len(samples):  # more, by 10 ms at least
+            samples = more
+            says = re.sub(r"^\[(\S+) @ \w+\]", r"\1:", done.stderr.decode(errors="replace").strip())
+            says = says and "ffmpeg says: " + says.splitlines()[0]
+            # ffmpeg also complains where files were joined; that counts only if there is damage.
+            if not problem.startswith("cut"):
+                problem = says if done.returncode or problem.startswith("damaged") else ""
     if not len(samples):
         raise VoxtralError(f"{path}: {problem or 'holds no samples'}")
     if problem:
@@ -134,23 +140,54 @@ def load_audio(path: str | Path) -> np.ndarray:
     return as_samples(samples)
 
 
-def decode(path: str | Path) -> tuple[np.ndarray, str]:
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Descriptor 2, to which libmpg123 prints its remarks, is /dev/null for a while."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@silent_stderr()
+def decode(data: bytes) -> tuple[np.ndarray, str]:
     """The samples that libsndfile reads of a file, and what is wrong with them, or ""."""
     blocks = [np.zeros(0, np.float32)]
-    with open(path, "rb") as file, silent_stderr():
-        is_wav = re.match(rb"RI?F[F4]....WAVE", file.read(12), re.DOTALL)
-        file.seek(0)
-        try:
-            blocks += to_16k(wav_blocks(file.read) if is_wav else file_blocks(file))
-        except EOFError as error:
-            return np.concatenate(blocks), str(error)
-        except (RuntimeError, struct.error, KeyError):
-            return np.concatenate(blocks), "damaged, or no sound that libsndfile reads"
-        # A header may lie about the length. What counts is where the reader stands now.
-        rest = file.read().strip(b"\0")
-    if not rest or re.match(rb"TAG|(?!RIFF|FORM|OggS|fLaC)[A-Za-z0-9 ]{4}", rest):
-        return np.concatenate(blocks), ""  # nothing but tags
-    return np.concatenate(blocks), f"the last {len(rest):,} bytes were not read"
+    missing = stated_size(data) - len(data)
+    problem = f"cut short: {missing:,} bytes are missing" if missing > 0 else ""
+    try:
+        for part in filter(None, JOINT.split(data) if JOINT.match(data) else [data]):
+            file = io.BytesIO(part)
+            blocks += to_16k(wav_blocks(file.read) if IS_WAV.match(part) else file_blocks(file))
+            # A header may lie about the length. What counts is where the reader stands now.
+            rest = file.read().strip(b"\0")
+            if rest and not re.match(rb"TAG|[A-Za-z0-9 ]{4}", rest):  # no tag and no chunk
+                problem = problem or f"the last {len(rest):,} bytes were not read"
+    except EOFError as error:
+        problem = str(error)
+    except DAMAGE:
+        problem = problem or "damaged, or no sound that libsndfile reads"
+    return np.concatenate(blocks), problem
+
+
+def stated_size(data: bytes) -> int:
+    """How long a file must be at least by its own account, in bytes; 0 if it does not say."""
+    size = 0
+    if data.startswith(b"OggS"):  # the last page states the sizes of its segments
+        start = data.rfind(b"OggS")
+        segments = data[start + 27 : start + 27 + sum(data[start + 26 : start + 27])]
+        size = start + 27 + len(segments) + sum(segments)
+    elif data.startswith(b"FORM"):  # AIFF
+        size = int.from_bytes(data[4:8], "big")
+    elif data.startswith(b".snd"):
+        size = int.from_bytes(data[4:8], "big") + int.from_bytes(data[8:12], "big")
+    elif note := re.search(rb"(?s)(?:Xing|Info)\0\0\0[\3\7\13\17].{4}(.{4})", data[:5000]):  # mp3
+        size = int.from_bytes(note[1], "big")
+    return size if size < 0x7F000000 else 0  # larger: written to a pipe, not known
 
 
 def file_blocks(file: Any) -> Iterator[tuple[int, np.ndarray]]:
@@ -158,9 +195,9 @@ def file_blocks(file: Any) -> Iterator[tuple[int, np.ndarray]]:
     import soundfile  # type: ignore[import-untyped]
 
     with soundfile.SoundFile(file) as sound:
-        sound.seekable = lambda: False  # else it stops at the length that the header states
+        sound.seekable = lambda: False  # else it seeks after each block
         left = sound.frames
-        while len(block := sound.read(1 << 16, dtype="float32", always_2d=True)):
+        while len(block := sound.read(min(4096, left), dtype="float32", always_2d=True)):
             left -= len(block)
             yield sound.samplerate, block
         # The length of an mp3 may be an estimate, that of an endless one is huge.
@@ -168,11 +205,13 @@ def file_blocks(file: Any) -> Iterator[tuple[int, np.ndarray]]:
             raise EOFError(f"cut short: {left / sound.samplerate:.1f} s are missing")
 
 
-def wav_blocks(read: Callable[[int], bytes]) -> Iterator[tuple[int, np.ndarray]]:
-    """A WAV stream in blocks of 40 ms: the rate in Hz, and samples [n, channels].
+def wav_blocks(read: Callable[[int], bytes],
+               waiting: Callable[[], int] = lambda: 1 << 30) -> Iterator[tuple[int, np.ndarray]]:
+    """A WAV stream, which may be a pipe, in blocks: the rate in Hz, and samples [n, channels].
 
-    Nothing is sought, so it may be a pipe. If its writer did not know the size, or did not live to
-    note it, it is 0 or about 2 or 4 GiB, and the sound goes on to the end.
+    A block is 40 ms long, or up to 4 s if so many bytes are `waiting`. If its writer did not know
+    the size of the sound, or did not live to note it, the size is 0 or about 2 or 4 GiB, and the
+    sound goes on to the end.
     """
     import soundfile  # type: ignore[import-untyped]
 
@@ -187,15 +226,21 @@ def wav_blocks(read: Callable[[int], bytes]) -> Iterator[tuple[int, np.ndarray]]
     form = chunks[b"fmt "]
     _, channels, rate, _, unit, bits = struct.unpack("<HHIIHH", form[:16])
     least = unit * max(1, rate * channels * bits // 200 // max(1, unit))  # bytes in 40 ms
-    known = 0 < size < 0x7F000000 or size > 0xFFFFFFFF
-    left = size if known else math.inf
-    while left > 0 and (data := read(int(min(left, least)))):
-        left -= len(data)
+    empty = size == 0
+    total = math.inf if empty or 0x7F000000 <= size <= 0xFFFFFFFF else size
+    done = 0
+    while done < total:
+        wanted = min(total - done, least * max(1, min(100, waiting() // max(1, least))))
+        if not (data := read(int(wanted))):
+            break
+        if empty and not done and re.match(rb"[A-Za-z]{3}[A-Za-z ]", data):
+            return  # there is no sound, and this is the next chunk
+        done += len(data)
         head = b"RIFF" + struct.pack("<I8sI", 36, b"WAVEfmt ", len(form)) + form
         whole = io.BytesIO(head + b"data" + struct.pack("<I", len(data)) + data)
         yield rate, soundfile.read(whole, dtype="float32", always_2d=True)[0]
-    if known and left > 0:
-        raise EOFError(f"cut short: {left:,} bytes are missing")
+    if done < total < math.inf:
+        raise EOFError(f"cut short: {total - done:,} bytes are missing")
 
 
 def to_16k(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
@@ -230,24 +275,6 @@ def ffmpeg(source: str, form: str) -> list[str]:
     # Timestamps jump where files were joined; asetpts counts samples instead.
     return ["ffmpeg", "-nostdin", "-v", "error", "-i", source, "-map", "0:a:0",
             "-af", "asetpts=N/SR/TB", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", form, "-"]
-
-
-def ffmpeg_error(done: Any) -> str:
-    """The first line of a finished ffmpeg's complaint."""
-    return "ffmpeg: " + done.stderr.decode(errors="replace").strip().partition("\n")[0]
-
-
-@contextlib.contextmanager
-def silent_stderr() -> Iterator[None]:
-    """libmpg123 prints remarks to descriptor 2; meanwhile that is /dev/null."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 @dataclass(frozen=True)
@@ -835,7 +862,7 @@ class Stream:
             self._times.append((self._heard + (0 if silence else end)) / SAMPLE_RATE)
         self._heard += 0 if silence else n
         self._fed += n
-        most = self._model.most_steps(len(samples)) * self._step
+        most = 4 * self._model.most_steps(len(samples)) * self._step
         for start in range(0, n, most):
             windows = self._windows(samples[:, start : start + most, None])[..., 0]
             if windows.shape[1]:
@@ -867,15 +894,16 @@ class Stream:
     def _append(self, ids: mx.array) -> None:
         """Append a token of each recording, ids [B, 1]."""
         time = self._times.popleft()
-        tokens: Any = ids[:, 0].tolist()
+        rows: Any = ids.tolist()  # not ids[:, 0], which would be computed behind the next step
         for i, (transcript, length) in enumerate(zip(self.transcripts, self.lengths)):
+            (token,) = rows[i]
             newest = len(transcript.tokens) + self._delay  # the step that this token heard last
             # The end of sequence is a token like any other until the recording was heard.
             heard = newest * self._step >= length
             padded = (newest - self._right_pad) * self._step >= length
-            self.ended[i] |= padded or (heard and tokens[i] == self._eos_id)
+            self.ended[i] |= padded or (heard and token == self._eos_id)
             if not self.ended[i]:
-                transcript.append(tokens[i], min(time, length / SAMPLE_RATE))
+                transcript.append(token, min(time, length / SAMPLE_RATE))
 
 
 def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
@@ -1159,21 +1187,19 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
 # --------------------------------------------------------------------------------------- subtitles
 
 SHORTEST = 5 / 6  # seconds that a cue stays on screen, and the pause that ends one
-
-
-def columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+WIDE = "\u2e80-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U0001f000-\U0003ffff"  # two columns
 
 
 def wrap(text: str, width: int = 42) -> list[str]:
     """Break text into lines of so many columns: at spaces, and around wide characters."""
-    wide, lines = "\u2e80-\uffdc\U0001f000-\U0003ffff", [""]
+    lines = [""]
     # Pieces that stay whole: a wide character with the punctuation behind it, a narrow word.
-    for piece in re.findall(rf"\s*(?:[{wide}][^\w\s]{{,9}}|[^\s{wide}]{{1,{width}}})", text):
-        piece = re.sub(r"\s+", " ", piece)  # an empty line would end the cue
-        if lines[-1] and columns(lines[-1] + piece) > width:
+    for piece in re.findall(rf"\s*(?:[{WIDE}][^\w\s]{{,9}}|[^\s{WIDE}]{{1,{width}}})", text):
+        line = lines[-1] + re.sub(r"\s+", " ", piece)  # an empty line would end the cue
+        if lines[-1] and len(line) + len(re.findall(f"[{WIDE}]", line)) > width:
             lines.append("")
-        lines[-1] = (lines[-1] + piece).lstrip()
+            line = piece
+        lines[-1] = line.strip()
     return lines
 
 
@@ -1184,18 +1210,23 @@ class Subtitles:
     """
 
     def __init__(self, kind: str):
-        self.srt, self.count, self.first = kind == "srt", 0, 0  # first: word of the open cue
+        self.srt = kind == "srt"
         self.header = "" if self.srt else "WEBVTT\n\n"
+        self.count = 0
+        self.first = 0  # word of the open cue
 
     def update(self, words: list[Word], time: float = math.inf) -> str:
         """The cues that are complete, now that all words up to `time` seconds are known."""
-        out, self.header, cue = self.header, "", list[Word]()
+        out = self.header
+        self.header = ""
+        cue: list[Word] = []
         for word in words[self.first :]:
             text = "".join(other.text for other in cue)
             sentence = re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
             if cue and (sentence or word.start - cue[-1].end > SHORTEST
                         or word.end - cue[0].start > 7 or len(wrap(text + word.text)) > 2):
-                out, cue = out + self.close(cue, word.start), []
+                out += self.close(cue, word.start)
+                cue = []
             cue.append(word)
         # Is there time for one more word that begins before the pause is long enough?
         done = cue and time > cue[-1].end + SHORTEST + LONGEST
@@ -1204,17 +1235,16 @@ class Subtitles:
     def close(self, cue: list[Word], limit: float) -> str:
         """The text of a cue, which must be off the screen at `limit` seconds."""
         self.first += len(cue)
-        lines = wrap("".join(word.text for word in cue))
-        start, out = cue[0].start, ""
+        lines = list(filter(None, wrap("".join(word.text for word in cue))))
+        lines = lines if self.srt else [html.escape(line, quote=False) for line in lines]
+        start = cue[0].start
         end = max(cue[-1].end, min(start + SHORTEST, limit))
-        step = (end - start) / -(-len(lines) // 2)  # one group alone may be too long for a cue
-        for i in range(0, len(lines) if lines[0] else 0, 2):
+        out = ""
+        for i in range(0, len(lines), 2):  # one group alone may be too long for a cue
             self.count += 1
-            head = f"{self.count}\n" if self.srt else ""
-            text = "\n".join(lines[i : i + 2])
-            text = text if self.srt else html.escape(text, quote=False)
-            out += f"{head}{self.clock(start)} --> {self.clock(start + step)}\n{text}\n\n"
-            start += step
+            times = [self.clock(start + (end - start) * min(1, j / len(lines))) for j in (i, i + 2)]
+            text = " --> ".join(times) + "\n" + "\n".join(lines[i : i + 2]) + "\n\n"
+            out += f"{self.count}\n{text}" if self.srt else text
         return out
 
     def clock(self, seconds: float) -> str:
@@ -1226,7 +1256,7 @@ class Subtitles:
 # ------------------------------------------------------------------------------------ command line
 
 NOT_PCM = re.compile(  # how mp3, aac, mp4, Matroska, AIFF, CAF, AU, Ogg, FLAC, text, ... begin
-    rb"ID3|\xff[\xe2-\xfb][\x10-\xef]|.{4}ftyp|\x1aE\xdf\xa3|FORM|RIFX|caff|\.snd|OggS|fLaC|#!AMR|"
+    rb"ID3|\xff[\xe2-\xfb][\x10-\xef]|.{4}ftyp|\x1aE\xdf\xa3|FORM|RIF|caff|\.snd|OggS|fLaC|"
     rb"\x30\x26\xb2\x75|\x89PNG|\xff\xd8\xff|PK\x03\x04|\x1f\x8b|[\t\n\r -~]{12}", re.DOTALL)
 PCM_HEADER = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 0, b"WAVEfmt ", 16,
                          1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16, b"data", 0)
@@ -1237,145 +1267,77 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def complain(why: Any) -> int:
-    """Say in one line what is wrong; the result is the exit code for it."""
-    if isinstance(why, OSError) and why.strerror:
-        why = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
-    note("voxtral.py: " + " ".join(str(why).split()))
+def complain(error: Any, name: str = "") -> int:
+    """Say in one line what is wrong, and with what; the result is the exit code for it."""
+    why = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    note("voxtral.py: " + " ".join((why if name in why else f"{name}: {why}").split()))
     return 1
 
 
-@contextlib.contextmanager
-def signals_to(handler: Any) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `handler`."""
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def standard_input() -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of sound as they arrive: the rate in Hz, and samples [n, channels]."""
-    source = 0  # read the descriptor: a thread that waits in sys.stdin holds its lock at exit
-    data = b""
-    while len(data) < 12 and (piece := os.read(source, 1 << 16)):
-        data += piece
-    child: Any = None
-    if NOT_PCM.match(data):
-        child = ffmpeg_child(data)
-        source = child.stdout.fileno()
-        data = b""
-    elif data and not data.startswith((b"RIFF", b"RF64")):
-        data = PCM_HEADER + data  # raw samples: a WAV stream from here on
-
-    def read(n: int) -> bytes:
-        """The next n bytes; fewer only at the end."""
-        nonlocal data
-        while len(data) < n and (piece := os.read(source, 1 << 16)):
-            data += piece
-        wanted, data = data[:n], data[n:]
-        return wanted
-
-    yield from wav_blocks(read)
-    if child and child.wait():
-        raise EOFError("ffmpeg could not read all of it")
-
-
-def ffmpeg_child(head: bytes) -> Any:
-    """A process that turns the rest of standard input, which began with `head`, to WAV."""
-    if not shutil.which("ffmpeg"):
-        raise VoxtralError("neither WAV nor raw PCM; ffmpeg, which is not installed, may read it:"
-                           " ffmpeg -i FILE -f wav - | python voxtral.py -")
-    pipe = subprocess.PIPE
-    child: Any = subprocess.Popen(ffmpeg("pipe:0", "wav"), bufsize=0, stdin=pipe, stdout=pipe,
-                                  stderr=subprocess.DEVNULL)
-
-    def feed() -> None:
-        with contextlib.suppress(OSError), child.stdin:
-            for piece in itertools.chain([head], iter(partial(os.read, 0, 1 << 16), b"")):
-                child.stdin.write(piece)
-
-    threading.Thread(target=feed, daemon=True).start()
-    return child
-
-
-def arriving_samples(stopped: threading.Event, quiet: bool) -> Iterator[np.ndarray]:
-    """Standard input as it comes, up to 4 s at once, until it ends or `stopped` is set.
-
-    A thread reads on while the model works. Raises VoxtralError at the end of a part.
-    """
-    blocks: queue.Queue = queue.Queue(1 << 14)  # a writer that is 10 minutes ahead must wait
-
-    def receive() -> None:
-        error: Exception | None = None
-        try:
-            for block in to_16k(standard_input()):
-                blocks.put(block)
-        except (RuntimeError, struct.error, KeyError):
-            error = VoxtralError("cut short, or no sound")
-        except (EOFError, OSError, VoxtralError) as failure:
-            error = VoxtralError(str(failure))
-        blocks.put(error)
-
-    threading.Thread(target=receive, daemon=True).start()
-    began = time.monotonic()
-    done = 0  # blocks of 40 ms
-    while not (stopped.is_set() and blocks.empty()):
-        pieces = []
-        with contextlib.suppress(queue.Empty):
-            pieces.append(blocks.get(timeout=0.1))
-            while len(pieces) < 100 and isinstance(pieces[-1], np.ndarray):
-                pieces.append(blocks.get_nowait())
-        last = pieces.pop() if pieces and not isinstance(pieces[-1], np.ndarray) else began
-        done += len(pieces)
-        yield np.concatenate([np.zeros(0, np.float32), *pieces])
-        if last is None:
-            return
-        if isinstance(last, Exception):
-            raise last
-        # A file in a pipe is there at once; a microphone's sound comes no faster than time.
-        behind = min(time.monotonic() - began, (done + blocks.qsize()) / 25) - done / 25
-        if behind > 2 and not quiet:
-            note(f"standard input: decoding is {behind:.1f} s behind")
-            quiet = True  # once is enough
+def on_interrupt(handler: Any) -> None:
+    """Have Ctrl-C and SIGTERM call `handler`."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 class Writer:
-    """Writes the transcript of a recording as --format says, and progress to standard error.
-
-    With --output-dir a file appears only when it is complete.
-    """
+    """A recording of the command line: where its transcript goes, and what is wrong with it."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name = name
         self.args = args
+        self.delay = args.delay or (480 if name == "-" else max(DELAYS_MS))
+        kind = "txt" if args.format == "text" else args.format
+        stem = "stdin" if name == "-" else Path(name).stem
+        self.path = Path(args.output_dir or "", f"{stem}.{kind}")
+        self.size = os.path.getsize(name) if os.path.exists(name) else 0  # bytes
         self.out: Any = sys.stdout
         self.subtitles = Subtitles(args.format)
-
-    def __enter__(self) -> Writer:
-        if self.args.output_dir:
-            self.path = output_path(self.name, self.args)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.scratch = self.path.with_name(f".{os.getpid()}-{self.path.name}")
-            self.out = open(self.scratch, "w", encoding="utf-8")
+        self.seconds = 0.0  # of sound
+        self.loudest = 0.0
+        self.problems: list[Any] = []
         # Where text and progress would share the line of a terminal, the text is the progress.
-        shared = self.args.format == "text" and self.out.isatty()
-        visible = sys.stderr.isatty() and not self.args.quiet and not shared
-        self.erase = "\r\x1b[K" if visible else ""
-        return self
+        shared = args.format == "text" and not args.output_dir and sys.stdout.isatty()
+        self.erase = "\r\x1b[K" if sys.stderr.isatty() and not args.quiet and not shared else ""
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        print(self.erase, end="", file=sys.stderr, flush=True)
-        if self.args.output_dir:
-            self.out.close()
-            if kind:
-                self.scratch.unlink()
-            else:
-                os.replace(self.scratch, self.path)
+    def load(self) -> np.ndarray:
+        """The samples of the file; what load_audio warns of is a problem."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            samples = load_audio(self.name)
+        self.problems += [warning.message for warning in caught]
+        return samples
 
-    def write(self, text: str, heard: Any, progress: str = "", time: float = math.inf) -> None:
+    def hear(self, samples: np.ndarray) -> float:
+        """Count samples that were heard; returns the second at which they begin."""
+        begin = self.seconds
+        self.seconds += len(samples) / SAMPLE_RATE
+        self.loudest = max(self.loudest, np.abs(samples).max(initial=0))
+        return begin
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """What fails inside is a problem of this recording and does not stop the others."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except FAILURES as error:
+            self.problems.append(error)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Open the output; a file of --output-dir appears only when it is complete."""
+        if not self.args.output_dir:
+            yield
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".") as scratch:
+            with open(Path(scratch, "new"), "w", encoding="utf-8") as self.out:
+                yield
+            os.replace(self.out.name, self.path)
+
+    def write(self, text: str, heard: Any, time: float = math.inf, progress: str = "") -> None:
         """Write new text, or the cues of heard.words that are complete; then show progress."""
         if self.args.format in ("srt", "vtt"):
             text = self.subtitles.update(heard.words, time)
@@ -1383,90 +1345,143 @@ class Writer:
         print("" if self.args.format == "json" else text, end="", file=self.out, flush=True)
         print(progress if self.erase else "", end="", file=sys.stderr, flush=True)
 
-    def end(self, heard: Any, seconds: float, speed: str, loudest: float) -> None:
-        """Write the JSON record of `heard`, and the summary."""
+    def end(self, text: str, heard: Any) -> None:
+        """Write the last text, or the JSON record."""
+        self.write(text + "\n", heard)
         if self.args.format == "json":
-            record = {"file": self.name, "model": self.args.model, "duration": seconds,
-                      "delay_ms": delay_of(self.name, self.args), "text": heard.text,
-                      "tokens": heard.tokens, "words": [asdict(word) for word in heard.words]}
+            record = {"file": self.name, "model": self.args.model, "duration": self.seconds,
+                      "delay_ms": self.delay, "text": heard.text, "tokens": heard.tokens,
+                      "words": [asdict(word) for word in heard.words]}
             print(json.dumps(record, ensure_ascii=False), file=self.out, flush=True)
-        if loudest < 1e-4:
-            complain(f"{self.name}: nothing is heard: silence, or channels that cancel out")
-        if not self.args.quiet:
-            note(f"{self.name}: {speed}")
+
+    def complain(self) -> int:
+        """Say what was wrong; returns the exit code."""
+        name = "standard input" if self.name == "-" else self.name
+        if self.seconds and self.loudest < 1e-4 and not self.problems:
+            note(f"voxtral.py: {name}: nothing is heard: silence, or channels that cancel out")
+        return complain(self.problems[0], name) if self.problems else 0  # the others follow from it
 
 
-def output_path(name: str, args: argparse.Namespace) -> Path:
-    kind = "txt" if args.format == "text" else args.format
-    return Path(args.output_dir, f"{'stdin' if name == '-' else Path(name).stem}.{kind}")
+class StandardInput:
+    """Standard input, which a thread receives as a WAV stream while the model works."""
+
+    def __init__(self, problems: list[Any], stopped: threading.Event):
+        if sys.stdin is None or os.isatty(0):
+            raise VoxtralError("standard input is closed or a terminal: pipe sound into it")
+        # One thread appends and the other takes from the front; both are atomic and need no lock.
+        self.data = bytearray()
+        self.taken = 0  # bytes
+        self.ended = False
+        self.stopped = stopped
+        self.problems = problems  # takes what is wrong
+        on_interrupt(self.stop)
+
+    def stop(self, *_: Any) -> None:
+        """Handle the first Ctrl-C or SIGTERM; the next one leaves at once."""
+        self.ended = True
+        self.stopped.set()
+        on_interrupt(signal.default_int_handler)
+
+    def receive(self) -> None:
+        """The thread. It reads the descriptor, since a reader of sys.stdin holds a lock at exit."""
+        head = b""
+        try:
+            while len(head) < 12 and (piece := os.read(0, 1 << 16)):
+                head += piece
+            rest = iter(partial(os.read, 0, 1 << 16), b"")
+            pieces: Iterator[bytes] = itertools.chain([head], rest)
+            if not IS_WAV.match(head) and NOT_PCM.match(head):
+                pieces = by_ffmpeg(pieces)
+            elif not IS_WAV.match(head):  # raw samples
+                self.data += PCM_HEADER
+            for piece in pieces:
+                while len(self.data) > 1 << 27:  # an hour: its writer must wait
+                    time.sleep(0.1)
+                if self.ended:
+                    break
+                self.data += piece
+        except (OSError, VoxtralError) as error:
+            self.problems.append(error)
+        self.ended = True
+
+    def read(self, n: int) -> bytes:
+        """The next n bytes; fewer only at the end."""
+        while len(self.data) < n and not self.ended:
+            time.sleep(0.005)
+        wanted = bytes(self.data[:n])
+        self.taken += len(wanted)
+        del self.data[:n]
+        return wanted
+
+    def blocks(self, quiet: bool) -> Iterator[np.ndarray]:
+        """The samples, 40 ms to 4 s at once; one line says if the model falls behind."""
+        threading.Thread(target=self.receive, daemon=True).start()
+        began = time.monotonic()
+        heard = 0.0  # seconds
+        try:
+            for block in to_16k(wav_blocks(self.read, lambda: len(self.data))):
+                yield block
+                heard += len(block) / SAMPLE_RATE
+                waiting = len(self.data) * heard / self.taken  # seconds
+                behind = min(waiting, time.monotonic() - began - heard)
+                if behind > 2 and not quiet:
+                    note(f"standard input: decoding is {behind:.1f} s behind")
+                    quiet = True  # once is enough
+        except (EOFError, VoxtralError) as error:
+            self.problems.append(error)
+        except DAMAGE:  # also where ffmpeg gave nothing, and has said why
+            self.problems.append("cut short, or no sound")
 
 
-def delay_of(name: str, args: argparse.Namespace) -> int:
-    return args.delay or (480 if name == "-" else max(DELAYS_MS))
+def by_ffmpeg(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Sound of any kind, as it arrives -> a WAV stream."""
+    if not shutil.which("ffmpeg"):
+        raise VoxtralError("neither WAV nor raw PCM; ffmpeg, which is not installed, may read it:"
+                           " ffmpeg -i FILE -f wav - | python voxtral.py -")
+    child: Any = subprocess.Popen(ffmpeg("pipe:0", "wav"), bufsize=0, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def feed() -> None:
+        with contextlib.suppress(OSError), child.stdin:
+            for piece in pieces:
+                child.stdin.write(piece)
+
+    threading.Thread(target=feed, daemon=True).start()
+    yield from iter(partial(child.stdout.read, 1 << 16), b"")
+    if child.wait():
+        raise VoxtralError("ffmpeg could not read all of it")
 
 
-def run_stream(name: str, pieces: Iterable[np.ndarray], total: str, model: Voxtral, tokenizer: Any,
-               args: argparse.Namespace) -> None:
-    """Transcribe a recording piece by piece, and write the text as it is decoded.
-
-    If the pieces end in an error, what was heard before is finished first.
-    """
-    stream = Stream(model, tokenizer, delay_ms=delay_of(name, args), temperature=args.temperature)
+def run_one(writer: Writer, model: Voxtral, tokenizer: Any, args: argparse.Namespace) -> None:
+    """Transcribe a recording piece by piece, and write the text as it is decoded."""
+    total = ""
+    stopped = threading.Event()  # by Ctrl-C
+    if writer.name == "-":
+        pieces: Any = StandardInput(writer.problems, stopped).blocks(args.quiet)
+    else:
+        samples = writer.load()
+        pieces = np.split(samples, range(64 * 1280, len(samples), 64 * 1280))  # 64 steps
+        total = f" of {len(samples) / SAMPLE_RATE:.1f}"
     began = time.perf_counter()
-    seconds = loudest = 0.0
-    error = None
-    with Writer(name, args) as writer:
+    stream = Stream(model, tokenizer, delay_ms=writer.delay, temperature=args.temperature)
+    with writer.opened():
         try:
             for piece in pieces:
                 text = stream.feed(piece)
-                seconds += len(piece) / SAMPLE_RATE
-                loudest = max(loudest, np.abs(piece).max(initial=0))
-                speed = f"{seconds:.1f}{total} s, {seconds / (time.perf_counter() - began):.1f} x real time"
-                writer.write(text, stream, speed, stream.time)
-        except VoxtralError as failure:
-            error = failure
-        finally:  # what was printed ends with its line, also after a second Ctrl-C
-            if seconds and sys.exc_info()[0]:
-                writer.write("\n", stream, time=0)
-        if not seconds:
-            raise error or VoxtralError("holds no samples")
-        writer.write(stream.finish() + "\n", stream)
-        writer.end(stream, seconds, speed, loudest)
-    if error:
-        raise error
-
-
-def run_one(name: str, *context: Any) -> int:
-    """Transcribe a file, or standard input until it ends or Ctrl-C; returns the exit code."""
-    if name != "-":
-        samples, code = load_or_complain(name)
-        cuts = range(64 * 1280, len(samples), 64 * 1280)  # 64 steps are a size of the encoder
-        run_stream(name, np.split(samples, cuts), f" of {len(samples) / SAMPLE_RATE:.1f}", *context)
-        return code
-    if sys.stdin is None or os.isatty(0):
-        raise VoxtralError("standard input is closed or a terminal: pipe sound into it")
-    stopped = threading.Event()
-
-    def stop(*_: Any) -> None:  # the next signal leaves at once
-        stopped.set()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
-
-    with signals_to(stop):
-        try:
-            run_stream(name, arriving_samples(stopped, context[-1].quiet), "", *context)
-        except VoxtralError as error:
-            if not stopped.is_set():
-                raise VoxtralError(f"standard input: {error}") from error
-    return 130 if stopped.is_set() else 0
-
-
-def load_or_complain(name: str) -> tuple[np.ndarray, int]:
-    """A file's samples and 0, or what could be read of them and 1."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        samples = load_audio(name)
-    return samples, max([complain(warning.message) for warning in caught], default=0)
+                writer.hear(piece)
+                times = writer.seconds / (time.perf_counter() - began)
+                progress = f"{writer.seconds:.1f}{total} s, {times:.1f} x real time"
+                writer.write(text, stream, stream.time, progress)
+        except BaseException:  # what was printed ends with its line, also after a second Ctrl-C
+            writer.write("\n" if writer.seconds else "", stream, time=0)
+            raise
+        if not writer.seconds:
+            raise KeyboardInterrupt if stopped.is_set() else VoxtralError("holds no samples")
+        writer.end(stream.finish(), stream)
+    if not args.quiet:
+        note(f"{writer.name}: {progress}")
+    if stopped.is_set():
+        raise KeyboardInterrupt  # now that all is written
 
 
 def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
@@ -1474,46 +1489,55 @@ def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
 
     Each even cut moves to the middle of the quietest 0.3 s that are less than 5 s away.
     """
-    tick = SAMPLE_RATE // 50  # 20 ms
+    tick = SAMPLE_RATE // 50  # 20 ms; a cut is at a multiple of four, so that steps stay steps
     n = max(1, min(n, len(samples) // (40 * SAMPLE_RATE)))
     power = np.square(samples[: len(samples) // tick * tick]).reshape(-1, tick).mean(axis=1)
     loudness = np.convolve(power, np.ones(15), "same")  # of the 0.3 s around each tick
     evens = [len(power) * k // n for k in range(1, n)]
     cuts = [even - 250 + int(np.argmin(loudness[even - 250 : even + 250])) for even in evens]
-    return np.split(samples, [cut * tick for cut in cuts])
+    return np.split(samples, [cut // 4 * 4 * tick for cut in cuts])
 
 
-def run_batch(names: list[str], model: Voxtral, tokenizer: Any, args: argparse.Namespace) -> int:
-    """Transcribe files, or pieces of them, --batch at a time, the longest together."""
+def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
+              args: argparse.Namespace) -> int:
+    """Transcribe files --batch at a time and write them in their order; returns the exit code."""
     code = 0
-    began = time.perf_counter()
-    pieces: list[tuple[str, np.ndarray]] = []
-    for name in names:
+    waiting = list(writers)
+    heard: dict[Writer, Transcript] = {}
+    # The size of a file stands in for its length, which is not known before it is read.
+    left = sorted(writers, key=lambda writer: -writer.size)
+    while left:
+        pieces: list[tuple[Writer, float, np.ndarray]] = []  # of whom, from which second on
+        while left and len(pieces) < args.batch:
+            writer = left.pop(0)
+            with writer.failures():
+                cut = cut_at_pauses(writer.load(), args.batch)
+                pieces += [(writer, writer.hear(piece), piece) for piece in cut]
+        began = time.perf_counter()
+        together = {writer: Transcript(tokenizer) for writer, _, _ in pieces}
+        pieces.sort(key=lambda piece: -len(piece[2]))
+        parts: list[Transcript] = []
         try:
-            samples, problem = load_or_complain(name)
-            code |= problem
-            pieces += [(name, piece) for piece in cut_at_pauses(samples, args.batch)]
+            for i in range(0, len(pieces), args.batch):
+                samples = [piece[2] for piece in pieces[i : i + args.batch]]
+                parts += transcribe(model, tokenizer, samples, delay_ms=args.delay,
+                                    temperature=args.temperature)
+            for (writer, second, _), part in sorted(zip(pieces, parts), key=lambda p: p[0][1]):
+                together[writer].extend(part, second)
+            heard |= together
         except FAILURES as error:
-            code |= complain(error)
-    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1]))
-    parts: dict[int, Transcript] = {}
-    for start in range(0, len(order), args.batch):
-        some = order[start : start + args.batch]
-        parts |= zip(some, transcribe(model, tokenizer, [pieces[i][1] for i in some],
-                                      delay_ms=args.delay, temperature=args.temperature))
-    total = sum(len(piece) for _, piece in pieces) / SAMPLE_RATE
-    speed = f"{total:.1f} s in all, {total / (time.perf_counter() - began):.1f} x real time"
-    for name in dict.fromkeys(name for name, _ in pieces):
-        whole = Transcript(tokenizer)
-        seconds = loudest = 0.0
-        for i, (of, piece) in enumerate(pieces):
-            if of == name:
-                whole.extend(parts[i], seconds)
-                seconds += len(piece) / SAMPLE_RATE
-                loudest = max(loudest, np.abs(piece).max(initial=0))
-        with Writer(name, args) as writer:
-            writer.write(whole.text + "\n", whole)
-            writer.end(whole, seconds, speed, loudest)
+            for writer in together:
+                writer.problems.append(f"{error}; a smaller --batch needs less memory")
+        seconds = sum(len(piece) for _, _, piece in pieces) / SAMPLE_RATE
+        if not args.quiet:
+            times = seconds / (time.perf_counter() - began)
+            note(f"{len(pieces)} pieces: {seconds:.1f} s, {times:.1f} x real time")
+        while waiting and waiting[0] not in left:
+            writer = waiting.pop(0)
+            if writer in heard:
+                with writer.failures(), writer.opened():
+                    writer.end(heard[writer].text, heard.pop(writer))
+            code |= writer.complain()
     return code
 
 
@@ -1525,44 +1549,37 @@ def run_files(args: argparse.Namespace) -> int:
         return code
     began = time.perf_counter()
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
-    device = mx.default_device()
     if not args.quiet:
         size = mx.get_active_memory() / 1e9
+        seconds = time.perf_counter() - began
+        device = mx.default_device()
         slow = " only: far slower than real time" if device == mx.cpu and size > 1 else ""
-        note(f"{args.model}: {size:.2f} GB in {time.perf_counter() - began:.1f} s, {device}{slow}")
+        note(f"{args.model}: {size:.2f} GB in {seconds:.1f} s, {device}{slow}")
     world = mx.distributed.init()  # under mlx.launch: each process takes every n-th file
-    share = files[world.rank() :: world.size()]
-    # Processes write a recording in one piece, so that their lines do not mix.
-    batch = args.batch if args.batch > 1 or world.size() > 1 else 0
-    groups = [share[i : i + max(1, batch)] for i in range(0, len(share), max(1, batch))]
-    for group in groups:
-        try:
-            if batch and "-" not in group:
-                code |= run_batch(group, model, tokenizer, args)
-            else:
-                for name in group:
-                    code = max(code, run_one(name, model, tokenizer, args))
-        except BrokenPipeError:
-            raise
-        except FAILURES as error:
-            hint = "; a smaller --batch needs less memory" if args.batch > 1 else ""
-            code |= complain(f"{error}{hint}" if group[0] in str(error) else f"{', '.join(group)}: {error}{hint}")
+    writers = [Writer(name, args) for name in files[world.rank() :: world.size()]]
+    if args.batch > 1 or world.size() > 1:  # processes write in one piece, or their lines would mix
+        code |= run_batch([w for w in writers if w.name != "-"], model, tokenizer, args)
+        writers = [w for w in writers if w.name == "-"]
+    for writer in writers:
+        on_interrupt(signal.default_int_handler)  # standard input had its own
+        with writer.failures():
+            run_one(writer, model, tokenizer, args)
+        code |= writer.complain()
     return code
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("voxtral.py", description="Speech to text: Voxtral in MLX.")
     add = parser.add_argument
-    add("audio", nargs="*", help="audio files: wav, flac, ogg, mp3, and if ffmpeg is installed all"
-        " that it reads; or - for standard input, transcribed as it arrives: a WAV stream or raw"
-        " 16-bit little-endian mono 16 kHz samples, or through ffmpeg")
+    add("audio", nargs="*", help="audio files; or - for standard input, transcribed as it arrives:"
+        " a WAV stream, raw 16-bit mono samples at 16 kHz, or what ffmpeg makes sound of")
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
-    add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="how long to listen before"
-        " committing to a word: 80 to 1200 in steps of 80, or 2400 (default: 480 for -, else 2400)")
+    add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="how far the text runs behind:"
+        " 80 to 1200 in steps of 80, or 2400 (default: 480 for -, else 2400)")
     add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
     add("--output-dir", metavar="DIR", help="write a file per recording to DIR: NAME.txt, ...")
-    add("--batch", type=int, metavar="N", default=1, choices=range(1, 1025), help="transcribe N"
-        " recordings at a time; those over 80 s are cut at quiet places to fill up")
+    add("--batch", type=int, metavar="N", default=1, choices=range(1, 1025),
+        help="N recordings at a time; those over 80 s are cut at quiet places to fill up")
     add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
     add("--quiet", action="store_true", help="no progress, no summary")
@@ -1574,7 +1591,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("name audio files (- once at most), or --convert DIR without any")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
-    if args.output_dir and len({output_path(n, args) for n in args.audio}) < len(args.audio):
+    if args.output_dir and len({Writer(n, args).path for n in args.audio}) < len(args.audio):
         parser.error("two of these would be written to the same file of --output-dir")
     return args
 
@@ -1583,25 +1600,25 @@ def main(argv: list[str] | None = None) -> int:
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # standard streams that were closed: their numbers must not go to other files
     os.close(number)
-    sys.stderr = sys.stderr or io.StringIO()
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     args = parse_args(argv)
     if sys.stdout is None and not args.output_dir:
         return complain("standard output is closed")
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with signals_to(signal.default_int_handler):
-            if not args.convert:
-                return run_files(args)
-            settings = {"bits": args.bits, "group_size": args.group_size, "dtype": args.dtype}
-            size = convert(args.model, args.convert, **settings)
+        on_interrupt(signal.default_int_handler)
+        if not args.convert:
+            return run_files(args)
+        size = convert(args.model, args.convert, bits=args.bits, group_size=args.group_size,
+                       dtype=args.dtype)
         note(f"{args.convert}: {size / 1e9:.2f} GB")
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return complain("standard output was closed")
     except (VoxtralError, RuntimeError, OSError) as error:  # RuntimeError: MLX has no memory
-        return complain(error)
+        return complain(error, str(getattr(error, "filename", None) or ""))
     except KeyboardInterrupt:
         return 130
 
