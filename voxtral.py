@@ -13,7 +13,7 @@
 """Voxtral Mini 4B Realtime, Mistral's streaming speech-to-text model, in one file of MLX.
 
     python voxtral.py speech.wav                                 # the words, as they are decoded
-    ffmpeg -i talk.mp4 -f wav - | python voxtral.py - --format srt   # anything ffmpeg hears, live
+    ffmpeg -f alsa -i default -f wav - | python voxtral.py -     # a microphone, live
 
     model, tokenizer, config = load_voxtral_model()
     print(transcribe(model, tokenizer, load_audio("speech.wav")).text)
@@ -36,12 +36,12 @@ in three ways, and each makes it a stream:
             the last token *plus* that of 80 ms of sound, and its output exactly one token: mostly
             [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], a word is over, and then that
             word's tokens, one per step.
-  delayed   The text runs some steps behind the sound: a longer delay hears more, errs less and
-            answers later. One set of weights serves delays from 80 ms to 2.4 s; a small network
-            turns the delay into a scale on the norms of the decoder.
+  delayed   The text runs some steps behind the sound: with a longer delay the model hears more
+            before it writes, errs less and answers later. One set of weights serves delays from
+            80 ms to 2.4 s; a small network turns the delay into a scale on the decoder's norms.
 
-So a file is a stream that arrives at once, and the code has one path: `Stream.feed` any number of
-samples, then `Stream.finish`. `transcribe` is just these two.
+So a file is a stream that arrives at once, and all sound takes one path, `Stream._run`: by `feed`
+and `finish` if it is live, by `transcribe` if it is whole, several recordings in lockstep.
 
 Words that have one meaning in this file:
 
@@ -104,7 +104,8 @@ class VoxtralError(Exception):
 
 
 # ------------------------------------------------------------------------------------------- audio
-# Sound to a log-mel spectrogram. The numbers are those of mistral-common's AudioSpectrogramConfig.
+# Sound to a log-mel spectrogram; the numbers are those of mistral-common's AudioSpectrogramConfig.
+# How files are read comes first. For the model, go straight to Spectrogram.
 
 IS_WAV = re.compile(rb"(RIFF|RF64)....WAVE", re.DOTALL)
 JOINT = re.compile(rb"(?s)(?=OggS\0\x02|fLaC[\0\x80]\0\0\x22|RIFF....WAVE)")  # a file begins
@@ -156,13 +157,13 @@ def silent_stderr() -> Iterator[None]:
 @silent_stderr()
 def decode(data: bytes) -> tuple[np.ndarray, str]:
     """The samples that libsndfile reads of a file, and what is wrong with them, or ""."""
-    blocks = [np.zeros(0, np.float32)]
+    pieces = [np.zeros(0, np.float32)]
     missing = stated_size(data) - len(data)
     problem = f"cut short: {missing:,} bytes are missing" if missing > 0 else ""
     try:
         for part in filter(None, JOINT.split(data) if JOINT.match(data) else [data]):
             file = io.BytesIO(part)
-            blocks += to_16k(wav_blocks(file.read) if IS_WAV.match(part) else file_blocks(file))
+            pieces += to_16k(wav_pieces(file.read) if IS_WAV.match(part) else file_pieces(file))
             # A header may lie about the length. What counts is where the reader stands now.
             rest = file.read().strip(b"\0")
             if rest and not re.match(rb"TAG|[A-Za-z0-9 ]{4}", rest):  # no tag and no chunk
@@ -171,7 +172,7 @@ def decode(data: bytes) -> tuple[np.ndarray, str]:
         problem = str(error)
     except DAMAGE:
         problem = problem or "damaged, or no sound that libsndfile reads"
-    return np.concatenate(blocks), problem
+    return np.concatenate(pieces), problem
 
 
 def stated_size(data: bytes) -> int:
@@ -190,26 +191,26 @@ def stated_size(data: bytes) -> int:
     return size if size < 0x7F000000 else 0  # larger: written to a pipe, not known
 
 
-def file_blocks(file: Any) -> Iterator[tuple[int, np.ndarray]]:
+def file_pieces(file: Any) -> Iterator[tuple[int, np.ndarray]]:
     """What libsndfile reads of an open file: the rate in Hz, and samples [n, channels]."""
     import soundfile  # type: ignore[import-untyped]
 
     with soundfile.SoundFile(file) as sound:
-        sound.seekable = lambda: False  # else it seeks after each block
+        sound.seekable = lambda: False  # else it seeks after each piece
         left = sound.frames
-        while len(block := sound.read(min(4096, left), dtype="float32", always_2d=True)):
-            left -= len(block)
-            yield sound.samplerate, block
+        while len(piece := sound.read(min(4096, left), dtype="float32", always_2d=True)):
+            left -= len(piece)
+            yield sound.samplerate, piece
         # The length of an mp3 may be an estimate, that of an endless one is huge.
         if sound.samplerate < left < 1 << 48 and left > 0.05 * sound.frames:
             raise EOFError(f"cut short: {left / sound.samplerate:.1f} s are missing")
 
 
-def wav_blocks(read: Callable[[int], bytes],
+def wav_pieces(read: Callable[[int], bytes],
                waiting: Callable[[], int] = lambda: 1 << 30) -> Iterator[tuple[int, np.ndarray]]:
-    """A WAV stream, which may be a pipe, in blocks: the rate in Hz, and samples [n, channels].
+    """A WAV stream, which may be a pipe, in pieces: the rate in Hz, and samples [n, channels].
 
-    A block is 40 ms long, or up to 4 s if so many bytes are `waiting`. If its writer did not know
+    A piece is 40 ms long, or up to 4 s if so many bytes are `waiting`. If its writer did not know
     the size of the sound, or did not live to note it, the size is 0 or about 2 or 4 GiB, and the
     sound goes on to the end.
     """
@@ -243,16 +244,16 @@ def wav_blocks(read: Callable[[int], bytes],
         raise EOFError(f"cut short: {total - done:,} bytes are missing")
 
 
-def to_16k(blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Blocks of one rate in Hz, samples [n, channels] -> blocks of mono samples at 16 kHz."""
+def to_16k(pieces: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Blocks of one rate in Hz, samples [n, channels] -> pieces of mono samples at 16 kHz."""
     import soxr  # type: ignore[import-untyped]
 
     resampler = None
-    for rate, block in blocks:
+    for rate, piece in pieces:
         if rate < 1000:
             raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
         resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-        mono = block.mean(axis=1)
+        mono = piece.mean(axis=1)
         yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
     if resampler:
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
@@ -298,15 +299,16 @@ class Spectrogram:
         spectrum = np.fft.rfft(windows[..., :: self.hop_length, :] * hann)  # [..., F, bins]
         power = (np.abs(spectrum) ** 2).astype(np.float32)
         log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))  # [..., F, num_mel_bins]
-        # Whisper clips at 8 below the loudest sound of the recording. A stream cannot know how
-        # loud the rest will be, so a constant takes its place.
+        # Whisper clips at 80 dB, 8 in log10, below the loudest mel frame of the recording. A stream
+        # cannot know how loud the rest will be, so a constant takes its place.
         return mx.array((np.maximum(log, self.global_log_mel_max - 8) + 4) / 4)
 
 
 def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
     """Log-mel of a whole signal: 16 kHz samples [n] -> [n // 160, 128] float32.
 
-    Mel frame f is centred on sample 160 f, in silence; as in Whisper, the last one is dropped.
+    Mel frame f is centred on sample 160 f, with silence around the signal; as in Whisper, the last
+    one is dropped. Stream does not use this: it is for whole signals.
     """
     padded = np.pad(np.asarray(samples, np.float32), spectrogram.window_size // 2)
     return spectrogram.mel_frames(padded)[: len(samples) // spectrogram.hop_length]
@@ -341,8 +343,8 @@ class Carry:
 
 # --------------------------------------------------------------------------------------- attention
 # What encoder and decoder share. Only attention and the convolutions look at several positions, so
-# everywhere else activations are rows [B * T, D], all positions of all recordings one below the
-# other. MLX multiplies rows in one product, but a stack of B matrices more slowly or one by one.
+# everywhere else activations are rows [B * T, D]; row b * T + t is position t of recording b. MLX
+# multiplies rows in one product, and a batch of B matrices more slowly or one by one.
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,7 @@ class TransformerArgs:
     norm_eps: float  # added to the mean square before the root
 
 
-@lru_cache(maxsize=4)  # all layers of a stack ask for the same mask
+@lru_cache(maxsize=4)  # all layers ask for the same mask
 def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
     """Mask [T, size] for queries at positions start, start + 1, ... of a buffer of `size` keys.
 
@@ -374,14 +376,15 @@ def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> 
 class KVCache:
     """Rotated keys, and values, of the last `window` positions of B recordings.
 
-    New entries are appended to a buffer in place; a full buffer is replaced by one that begins with
-    the last `window - 1` entries. A position is an index into the buffer, not the time since the
-    stream began: attention depends on distances alone, and small positions keep float32 angles
-    exact after days. So the kept keys are rotated back by the distance that they move.
+    New entries are appended to a buffer in place. A full buffer is replaced: by a larger one at
+    first, later by one that begins with the last `window - 1` entries. A position is an index into
+    the buffer, not the time since the stream began: attention depends on distances alone, and small
+    positions keep float32 angles exact after days. So kept keys are rotated back as they move.
 
-    Capacities are 255, 511, ... up to 2 * window - 1. They are few, because CUDA plans kernels for
-    each new shape, and odd, because MLX 0.32 on CUDA computes wrong numbers from a view that does
-    not begin at 0 if the capacity of the buffer is a multiple of 256.
+    Capacities are 255, 511, ... up to 2 * window - 1, or more where more than `window` positions
+    come at once. They are few, because CUDA plans kernels for each new shape, and odd, because MLX
+    0.32 on CUDA computes wrong numbers from a view that does not begin at 0 if the capacity of the
+    buffer is a multiple of 256.
     """
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
@@ -412,7 +415,7 @@ class KVCache:
             seen = slice(max(0, self.length - self.window), self.length)
             return q, self.keys[:, :, seen], self.values[:, :, seen], None
         # Several positions see the whole buffer under a mask. A view that grows with every feed
-        # would be a new shape each time, for which CUDA plans a new kernel.
+        # would be a new shape each time, for which CUDA plans a new kernel (not so for one query).
         mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
         return q, self.keys, self.values, mask
 
@@ -421,7 +424,7 @@ class KVCache:
         T = k.shape[2]
         kept = min(self.length, self.window - 1)
         first = self.length - kept
-        need = kept + T + (self.window // 4 if first else 0)  # once it is full, with some room
+        need = kept + T + (self.window // 4 if first else 0)  # some room: not each step renews
         doubling = (1 << max(8, need.bit_length())) - 1
         capacity = min(doubling, (self.window - 1 + max(self.window, T)) | 1)
         old_k = self.keys[:, :, first : self.length] if kept else k[:, :, :0]
@@ -452,7 +455,6 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = args.head_dim
         self.q_proj = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=bias)
-        # A bias of the keys adds the same to all scores of a query, and softmax cancels it.
         self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.v_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
         self.o_proj = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=bias)
@@ -471,7 +473,8 @@ class Attention(nn.Module):
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up  # compiled into one kernel
+    """silu(gate) * up as one kernel."""
+    return nn.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -531,7 +534,10 @@ class EncoderState:
 
 
 class Encoder(nn.Module):
-    """Whisper's encoder made causal: two convolutions, then layers with a sliding window."""
+    """Whisper's encoder made causal: two convolutions that look back, then layers.
+
+    The layers have a sliding window, rotary positions, RMSNorm and SwiGLU, where Whisper has full
+    attention, fixed positions, LayerNorm and a GELU network."""
 
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
         super().__init__()
@@ -577,10 +583,10 @@ class Decoder(nn.Module):
     def ffn_weights(self, delay: int) -> list[mx.array]:
         """The weights [D] of each layer's ffn_norm at a delay of so many steps.
 
-        A layer feeds h = ffn_norm(x) * (1 + ada(t)) to its mlp. t embeds the delay as the first
-        transformer embedded positions: cosines and sines of geometrically spaced frequencies. The
-        factor is the same at all steps of a stream, and ffn_norm itself ends with a product by its
-        weight, so the two are multiplied once, here.
+        A layer feeds h = ffn_norm(x) * (1 + ada(t)) to its mlp. t embeds the delay as the
+        transformer of 2017 embeds positions: cosines and sines of geometrically spaced
+        frequencies. The factor is the same at all steps of a stream, and ffn_norm itself ends with
+        a product by its weight, so the two are multiplied once, here.
         """
         half = self.norm.weight.shape[0] // 2
         angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
@@ -612,7 +618,7 @@ class Voxtral(nn.Module):
         whisper = config["multimodal"]["whisper_model_args"]
         audio = whisper["encoder_args"]
         factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames of a step: 4
-        self.step_frames = 2 * factor  # mel frames of a step: 8
+        self.step_mel_frames = 2 * factor  # mel frames of a step: 8
         self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
         # The encoder has as many heads of keys as of queries, and may not say so.
         audio = {"n_kv_heads": audio.get("n_heads"), **audio}
@@ -633,22 +639,23 @@ class Voxtral(nn.Module):
         # Two windows keep a GPU busy, and more cost more attention. Several recordings share one,
         # for the sake of memory. On a CPU one is best.
         windows = 2 if batch == 1 and mx.default_device() == mx.gpu else 1
-        return max(12, windows * self.encoder_args.sliding_window * 2 // self.step_frames // batch)
+        steps = windows * self.encoder_args.sliding_window * 2 // self.step_mel_frames
+        return max(12, steps // batch)  # fewer would submit more than they compute
 
     def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
         """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D].
 
         Runs in pieces of few sizes, `most_steps` and powers of two, since CUDA plans kernels for
-        each new shape and MLX gives up after some hundred.
+        each new shape, and MLX stops with "Cache thrashing" after some hundred.
         """
         B, F, _ = mel.shape
-        assert F % self.step_frames == 0, f"{F} mel frames are not whole steps"
+        assert F % self.step_mel_frames == 0, f"{F} mel frames are not whole steps"
         most = self.most_steps(B)
         embeddings = []
         while mel.shape[1]:
-            steps = mel.shape[1] // self.step_frames
+            steps = mel.shape[1] // self.step_mel_frames
             steps = most if steps >= most else 1 << (steps.bit_length() - 1)
-            end = steps * self.step_frames
+            end = steps * self.step_mel_frames
             x = self.adapter(self.encoder(mel[:, :end], state))  # [B * steps, D]
             mx.async_eval(x)  # compute this piece while the next one is submitted
             embeddings.append(x.reshape(B, steps, -1))
@@ -656,8 +663,8 @@ class Voxtral(nn.Module):
         return mx.concatenate(embeddings, axis=1)
 
     def encode(self, mel: mx.array) -> mx.array:
-        """Log-mel of a whole signal [F, C] -> its audio embeddings [F // 8, D], one per step."""
-        whole = len(mel) // self.step_frames * self.step_frames
+        """Log-mel of a whole signal [F, C] -> all its audio embeddings [F // 8, D]."""
+        whole = len(mel) // self.step_mel_frames * self.step_mel_frames
         if not whole:
             return mx.zeros((0, self.decoder_args.dim))
         return self.embed_audio(mel[None, :whole], self.encoder_state())[0]
@@ -665,14 +672,15 @@ class Voxtral(nn.Module):
 
 # ------------------------------------------------------------------------------------------ stream
 # The schedule. Each step of sound makes one token, from the sum of the sound's embedding and that
-# of the last token. This goes on as long as there is sound, and nothing else ends it.
+# of the last token. This goes on while there is sound: an end-of-sequence token is ignored until
+# the recording is over, and then delay + 11 steps of silence draw out the words still to come.
 #
 # Before the recording the model hears 32 steps of silence: it was trained so, and Mistral found
-# that it errs less. Silence has no words, so the ids for these steps are known: BOS, then
-# [STREAMING_PAD]. The ids of the first `delay` steps are known too, for the text runs that far
-# behind the sound. Together they are the prompt, which the decoder reads in one pass, the prefill;
-# its last row gives the first token, which has heard delay + 1 steps of the recording. From there
-# on, each step decodes one token.
+# that it errs less. What it writes in these and in the first `delay` steps of the recording is
+# known to be [STREAMING_PAD], for the text runs that far behind the sound. So the prompt is BOS and
+# 32 + delay pads, which go in with the silence and the first delay + 1 steps of the recording. The
+# decoder reads the prompt in one pass, the prefill, and its last row gives token 0. From there on,
+# each step decodes one token.
 #
 # An example: a clip begins with "seven", said from 0.25 to 0.50 s. The delay is 160 ms, two steps:
 #
@@ -686,7 +694,7 @@ class Voxtral(nn.Module):
 # heard k + 1 + delay steps and speaks about the first k + 1 of them. So the word that [W] at k
 # opens ended after (k + 1) * 80 ms of sound: here 560 ms, the end of step 6.
 
-LONGEST = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
+LONGEST_WORD = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
 
 
 @dataclass(frozen=True)
@@ -697,9 +705,9 @@ class Word:
     it heard as one. Joined, the texts are the transcript.
     """
 
-    text: str  # with its leading space
-    start: float  # seconds: the end of the word before, but at most LONGEST before `end`
-    end: float  # seconds, exact to a step
+    text: str  # with its leading space; the first word has none
+    start: float  # seconds: the end of the word before, but at most LONGEST_WORD before `end`
+    end: float  # seconds, in whole steps, as the model marks it
 
 
 class Transcript:
@@ -713,14 +721,14 @@ class Transcript:
         self._tokenizer = tokenizer
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
-        self._opened: float | None = None  # when a word ended whose text has not begun
+        self._word_end: float | None = None  # of a word whose text has not begun, in seconds
 
     def append(self, token: int, time: float) -> None:
         """Take the next token, which speaks of the recording up to `time` seconds."""
         self.tokens.append(token)
         self.time = time
         if token == self._word_id:
-            self._opened = time
+            self._word_end = time
         else:  # special tokens have no bytes; a character may come in several tokens
             self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
 
@@ -745,11 +753,11 @@ class Transcript:
         text = text if self.text else text.lstrip()
         if not text:
             return
-        if self._opened is not None or not self.words:
-            end = self.time if self._opened is None else self._opened
-            start = max(self.words[-1].end if self.words else 0.0, end - LONGEST)
+        if self._word_end is not None or not self.words:
+            end = self.time if self._word_end is None else self._word_end
+            start = max(self.words[-1].end if self.words else 0.0, end - LONGEST_WORD)
             self.words.append(Word("", round(start, 3), round(end, 3)))
-            self._opened = None
+            self._word_end = None
         self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
         self.text += text
 
@@ -794,8 +802,8 @@ class Stream:
     def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
                  temperature: float = 0.0, lengths: Iterable[float] = (math.inf,)):
         if delay_ms is not None and delay_ms not in DELAYS_MS:
-            raise VoxtralError(f"a delay of {delay_ms} ms: it is a multiple of 80 to 1200, or 2400")
-        self.lengths = list(lengths)  # of the recordings, in samples; infinite until it is known
+            raise VoxtralError(f"delay_ms is {delay_ms}, not a multiple of 80 to 1200, nor 2400")
+        self.lengths = list(lengths)  # in samples fed; infinite while a recording goes on
         self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
         self.ended = [length == 0 for length in self.lengths]  # no sound has no words
         audio = tokenizer.audio
@@ -898,10 +906,10 @@ class Stream:
         for i, (transcript, length) in enumerate(zip(self.transcripts, self.lengths)):
             (token,) = rows[i]
             newest = len(transcript.tokens) + self._delay  # the step that this token heard last
-            # The end of sequence is a token like any other until the recording was heard.
-            heard = newest * self._step >= length
-            padded = (newest - self._right_pad) * self._step >= length
-            self.ended[i] |= padded or (heard and token == self._eos_id)
+            # The end of sequence is a token like any other until the recording is over.
+            recording_over = newest * self._step >= length
+            silence_over = (newest - self._right_pad) * self._step >= length
+            self.ended[i] |= silence_over or (recording_over and token == self._eos_id)
             if not self.ended[i]:
                 transcript.append(token, min(time, length / SAMPLE_RATE))
 
@@ -910,9 +918,10 @@ def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
                delay_ms: float | None = None, temperature: float = 0.0) -> Any:
     """Transcribe a recording, 16 kHz mono samples [n] -> Transcript, or a list of them -> a list.
 
-    The recordings of a list run in lockstep: a step reads every weight to write one token, and
-    reads them no more often to write one for each. Shorter recordings are padded with silence, and
-    end where they would end alone. `delay_ms` is 2400 by default. See Stream for the rest.
+    The recordings of a list run in lockstep. Decoding is bound by reading the weights, which they
+    share, so a token for each of them costs little more than one. Shorter recordings are padded
+    with silence, and end where they would end alone. `delay_ms` is 2400 by default. See Stream for
+    the rest.
     """
     several = isinstance(audio, (list, tuple))
     recordings = [as_samples(samples) for samples in (audio if several else [audio])]
@@ -920,7 +929,7 @@ def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
         return []
     lengths = [len(samples) for samples in recordings]
     rows = np.stack([np.pad(x, (0, max(lengths) - len(x))) for x in recordings])  # [B, n]
-    delay_ms = max(DELAYS_MS) if delay_ms is None else delay_ms  # nobody waits for a recording
+    delay_ms = max(DELAYS_MS) if delay_ms is None else delay_ms  # latency does not matter here
     stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature, lengths=lengths)
     stream._run(rows)
     stream.finish()
@@ -992,7 +1001,7 @@ def read_config(folder: Path, files: set[str]) -> tuple[str, dict]:
         text, audio = ({our: part[name] for name, our in FIELDS.items() if name in part}
                        | {"rope_theta": part["rope_parameters"]["rope_theta"]}
                        for part in (config["text_config"], config["audio_config"]))
-        text["ada_rms_norm_t_cond_dim"] = 32  # a constant of that code
+        text["ada_rms_norm_t_cond_dim"] = 32  # transformers hard-codes it
         audio["audio_encoding_args"] = asdict(Spectrogram())
         audio["downsample_factor"] = config["downsample_factor"]
     else:
@@ -1084,7 +1093,7 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
 
     folder = download_weights(str(path_or_id))
     model, config = prepare_model(folder, dtype)
-    samples = model.spectrogram.hop_length * model.step_frames
+    samples = model.spectrogram.hop_length * model.step_mel_frames
     try:
         tokenizer = Tekkenizer.from_file(folder / "tekken.json")
         audio: Any = tokenizer.audio
@@ -1094,7 +1103,7 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
         why = f"missing, not this model's, or not for this mistral-common ({error!r})"[:300]
         raise VoxtralError(f"{folder / 'tekken.json'}: {why}") from error
     if mx.default_device() == mx.cpu:
-        # The same matrices with inputs outermost in memory: reference BLAS takes half the time.
+        # The BLAS of MLX's Linux wheel is twice as fast with inputs outermost in memory.
         for _, module in model.named_modules():
             if type(module) is nn.Linear:
                 module.weight = mx.contiguous(module.weight.T).T
@@ -1126,6 +1135,8 @@ def download_weights(model_id: str) -> Path:
         return Path(snapshot_download(model_id, allow_patterns=[*wanted, "*.json"]))
     except VoxtralError as error:
         raise VoxtralError(f"{model_id}: {error}") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise VoxtralError(f"{model_id}: its configuration is damaged") from error
     except Exception as error:  # no such repository, no network, no space: dozens of classes
         name = type(error).__name__
         why = HUB_ERRORS.get(name, f"could not be downloaded ({name}: {error})"[:90])
@@ -1229,7 +1240,7 @@ class Subtitles:
                 cue = []
             cue.append(word)
         # Is there time for one more word that begins before the pause is long enough?
-        done = cue and time > cue[-1].end + SHORTEST + LONGEST
+        done = cue and time > cue[-1].end + SHORTEST + LONGEST_WORD
         return out + self.close(cue, math.inf) if done else out
 
     def close(self, cue: list[Word], limit: float) -> str:
@@ -1259,7 +1270,7 @@ NOT_PCM = re.compile(  # how mp3, aac, mp4, Matroska, AIFF, CAF, AU, Ogg, FLAC, 
     rb"ID3|\xff[\xe2-\xfb][\x10-\xef]|.{4}ftyp|\x1aE\xdf\xa3|FORM|RIF|caff|\.snd|OggS|fLaC|"
     rb"\x30\x26\xb2\x75|\x89PNG|\xff\xd8\xff|PK\x03\x04|\x1f\x8b|[\t\n\r -~]{12}", re.DOTALL)
 PCM_HEADER = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 0, b"WAVEfmt ", 16,
-                         1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16, b"data", 0)
+                         1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16, b"data", 0xFFFFFFFF)
 FAILURES = (OSError, VoxtralError, RuntimeError, ValueError, MemoryError)  # of one recording
 
 
@@ -1413,15 +1424,15 @@ class StandardInput:
         del self.data[:n]
         return wanted
 
-    def blocks(self, quiet: bool) -> Iterator[np.ndarray]:
+    def pieces_of_sound(self, quiet: bool) -> Iterator[np.ndarray]:
         """The samples, 40 ms to 4 s at once; one line says if the model falls behind."""
         threading.Thread(target=self.receive, daemon=True).start()
         began = time.monotonic()
         heard = 0.0  # seconds
         try:
-            for block in to_16k(wav_blocks(self.read, lambda: len(self.data))):
-                yield block
-                heard += len(block) / SAMPLE_RATE
+            for piece in to_16k(wav_pieces(self.read, lambda: len(self.data))):
+                yield piece
+                heard += len(piece) / SAMPLE_RATE
                 waiting = len(self.data) * heard / self.taken  # seconds
                 behind = min(waiting, time.monotonic() - began - heard)
                 if behind > 2 and not quiet:
@@ -1457,7 +1468,7 @@ def run_one(writer: Writer, model: Voxtral, tokenizer: Any, args: argparse.Names
     total = ""
     stopped = threading.Event()  # by Ctrl-C
     if writer.name == "-":
-        pieces: Any = StandardInput(writer.problems, stopped).blocks(args.quiet)
+        pieces: Any = StandardInput(writer.problems, stopped).pieces_of_sound(args.quiet)
     else:
         samples = writer.load()
         pieces = np.split(samples, range(64 * 1280, len(samples), 64 * 1280))  # 64 steps
@@ -1487,7 +1498,7 @@ def run_one(writer: Writer, model: Voxtral, tokenizer: Any, args: argparse.Names
 def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
     """Cut a recording into at most n pieces of at least 30 s where it is quietest.
 
-    Each even cut moves to the middle of the quietest 0.3 s that are less than 5 s away.
+    Cuts into equal parts each move, by less than 5 s, to the middle of the quietest 0.3 s there.
     """
     tick = SAMPLE_RATE // 50  # 20 ms; a cut is at a multiple of four, so that steps stay steps
     n = max(1, min(n, len(samples) // (40 * SAMPLE_RATE)))
@@ -1529,7 +1540,7 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
             for writer in together:
                 writer.problems.append(f"{error}; a smaller --batch needs less memory")
         seconds = sum(len(piece) for _, _, piece in pieces) / SAMPLE_RATE
-        if not args.quiet:
+        if pieces and not args.quiet:
             times = seconds / (time.perf_counter() - began)
             note(f"{len(pieces)} pieces: {seconds:.1f} s, {times:.1f} x real time")
         while waiting and waiting[0] not in left:
@@ -1589,6 +1600,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
         parser.error("name audio files (- once at most), or --convert DIR without any")
+    if args.bits and not args.convert:
+        parser.error("--bits goes with --convert")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
     if args.output_dir and len({Writer(n, args).path for n in args.audio}) < len(args.audio):
@@ -1600,7 +1613,7 @@ def main(argv: list[str] | None = None) -> int:
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # standard streams that were closed: their numbers must not go to other files
     os.close(number)
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     args = parse_args(argv)
     if sys.stdout is None and not args.output_dir:
         return complain("standard output is closed")
