@@ -1096,7 +1096,7 @@ def test_readme_says_what_is(checkpoint, loaded, tmp_path, noise, monkeypatch, c
 
 
 def test_files_are_short():
-    for name, most in (("voxtral.py", 1640), ("test_voxtral.py", 1300)):
+    for name, most in (("voxtral.py", 1650), ("test_voxtral.py", 1300)):
         lines = (HERE / name).read_text().splitlines()
         assert len(lines) <= most and max(map(len, lines)) <= 100
 

@@ -1406,7 +1406,7 @@ class StandardInput:
             elif not IS_WAV.match(head):  # raw samples
                 self.data += PCM_HEADER
             for piece in pieces:
-                while len(self.data) > 1 << 27:  # an hour: its writer must wait
+                while len(self.data) > 1 << 27:  # 128 MiB: the writer must wait
                     time.sleep(0.1)
                 if self.ended:
                     break
@@ -1545,9 +1545,11 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
             note(f"{len(pieces)} pieces: {seconds:.1f} s, {times:.1f} x real time")
         while waiting and waiting[0] not in left:
             writer = waiting.pop(0)
-            if writer in heard:
-                with writer.failures(), writer.opened():
-                    writer.end(heard[writer].text, heard.pop(writer))
+            if writer not in heard:
+                code |= writer.complain()
+                continue
+            with writer.failures(), writer.opened():
+                writer.end(heard[writer].text, heard.pop(writer))
             code |= writer.complain()
     return code
 
