@@ -802,6 +802,36 @@ def test_all_layouts_load_the_same_weights(tmp_path, layout):
     assert {w.dtype for _, w in tree_flatten(half.parameters())} == {mx.float16}
 
 
+LAYER = {  # names inside a layer, copied from published files: NAMES is not asked
+    "mlx-audio": "attention.wq attention.wk attention.wv attention.wo attention_norm ffn_norm"
+                 " feed_forward_w1 feed_forward_w2 feed_forward_w3",
+    "transformers": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+                    " mlp.gate_proj mlp.down_proj mlp.up_proj"}
+PUBLISHED = {
+    "mlx-audio": """decoder.tok_embeddings decoder.norm encoder.transformer_norm
+        encoder.conv_layers_0_conv.conv encoder.conv_layers_1_conv.conv
+        encoder.audio_language_projection_0 encoder.audio_language_projection_2
+        decoder.layers.0.ada_rms_norm_t_cond.ada_down decoder.layers.0.ada_rms_norm_t_cond.ada_up""",
+    "transformers": """language_model.model.embed_tokens language_model.model.norm audio_tower.norm
+        audio_tower.embedder.conv1 audio_tower.embedder.conv2 multi_modal_projector.linear_1
+        multi_modal_projector.linear_2 audio_tower.layers.0.self_attn_layer_norm
+        audio_tower.layers.0.final_layer_norm language_model.model.layers.0.input_layernorm
+        language_model.model.layers.0.post_attention_layernorm
+        language_model.model.layers.0.ada_rms_norm.linear1
+        language_model.model.layers.0.ada_rms_norm.linear2"""}
+STACKS = {"mlx-audio": ("encoder.transformer_layers", "decoder.layers"),
+          "transformers": ("audio_tower.layers", "language_model.model.layers")}
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_every_published_name_is_known(layout):
+    inside = [f"{stack}.0.{name}" for stack in STACKS[layout] for name in LAYER[layout].split()]
+    names = {V.converted_name(f"{name}.weight") for name in PUBLISHED[layout].split() + inside}
+    model = make_model(encoder={"n_layers": 1}, n_layers=1)
+    weights = {name for name, _ in tree_flatten(model.parameters()) if name.endswith(".weight")}
+    assert names == weights
+
+
 def test_names_are_those_of_the_published_checkpoints():
     """One of each kind, copied from the files; NAMES is not asked."""
     for theirs, ours in {
