@@ -811,7 +811,8 @@ PUBLISHED = {
     "mlx-audio": """decoder.tok_embeddings decoder.norm encoder.transformer_norm
         encoder.conv_layers_0_conv.conv encoder.conv_layers_1_conv.conv
         encoder.audio_language_projection_0 encoder.audio_language_projection_2
-        decoder.layers.0.ada_rms_norm_t_cond.ada_down decoder.layers.0.ada_rms_norm_t_cond.ada_up""",
+        decoder.layers.0.ada_rms_norm_t_cond.ada_down
+        decoder.layers.0.ada_rms_norm_t_cond.ada_up""",
     "transformers": """language_model.model.embed_tokens language_model.model.norm audio_tower.norm
         audio_tower.embedder.conv1 audio_tower.embedder.conv2 multi_modal_projector.linear_1
         multi_modal_projector.linear_2 audio_tower.layers.0.self_attn_layer_norm
