@@ -163,6 +163,7 @@ def decode(data: bytes) -> tuple[np.ndarray, str]:
     try:
         for part in filter(None, JOINT.split(data) if JOINT.match(data) else [data]):
             file = io.BytesIO(part)
+            # List += keeps what came before an error.
             pieces += to_16k(wav_pieces(file.read) if IS_WAV.match(part) else file_pieces(file))
             # A header may lie about the length. What counts is where the reader stands now.
             rest = file.read().strip(b"\0")
@@ -245,7 +246,7 @@ def wav_pieces(read: Callable[[int], bytes],
 
 
 def to_16k(pieces: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Blocks of one rate in Hz, samples [n, channels] -> pieces of mono samples at 16 kHz."""
+    """Pieces of one rate in Hz, samples [n, channels] -> pieces of mono samples at 16 kHz."""
     import soxr  # type: ignore[import-untyped]
 
     resampler = None
@@ -776,10 +777,10 @@ class Generator:
         # Evaluate here: a lazy array belongs to the thread that made it.
         mx.eval(self._ffn_weights, self.ids)
 
-    def __call__(self, sound: mx.array) -> mx.array:
+    def __call__(self, embeddings: mx.array) -> mx.array:
         """Audio embeddings [B, T, D] of the next ids -> tokens [B, 1], still being computed."""
-        B, T, D = sound.shape
-        x = self._decoder.embed_tokens(self.ids) + sound
+        B, T, D = embeddings.shape
+        x = self._decoder.embed_tokens(self.ids) + embeddings
         x = self._decoder(x.reshape(-1, D), self._ffn_weights, self._caches)  # [B * T, D]
         logits = self._decoder.embed_tokens.as_linear(x.reshape(B, T, D)[:, -1])  # [B, vocabulary]
         token = (mx.random.categorical(logits / self._temperature) if self._temperature > 0
@@ -880,15 +881,15 @@ class Stream:
         mx.eval(self._embeddings, self._encoder_state.conv1.rest, self._encoder_state.conv2.rest)
         return self.text[before:]
 
-    def _decode(self, sound: mx.array) -> None:
+    def _decode(self, embeddings: mx.array) -> None:
         """Take the next audio embeddings [B, n, D] and generate the tokens that they allow."""
         if self._embeddings is not None:
-            sound = mx.concatenate([self._embeddings, sound], axis=1)
+            embeddings = mx.concatenate([self._embeddings, embeddings], axis=1)
         start = 0
-        end = self._generator.ids.shape[1]  # of the sound for the prompt, or for one token
+        end = self._generator.ids.shape[1]  # the prompt needs so many; then each token needs one
         unread: list[mx.array] = []
-        while not all(self.ended) and end <= sound.shape[1]:
-            unread.append(self._generator(sound[:, start:end]))
+        while not all(self.ended) and end <= embeddings.shape[1]:
+            unread.append(self._generator(embeddings[:, start:end]))
             # Reading a token waits until it is computed. So read the one before while the GPU
             # computes this one: the decoder takes its own last token without our reading it.
             if len(unread) == 2:
@@ -897,7 +898,7 @@ class Stream:
             end += 1
         for ids in unread:
             self._append(ids)
-        self._embeddings = sound[:, start:]
+        self._embeddings = embeddings[:, start:]
 
     def _append(self, ids: mx.array) -> None:
         """Append a token of each recording, ids [B, 1]."""
