@@ -441,12 +441,13 @@ class KVCache:
 
     def turn_back(self, keys: mx.array, distance: int) -> mx.array:
         """Rotate keys [..., head_dim] to positions that are smaller by `distance`."""
-        # By formula: mx.fast.rope is wrong on CUDA (MLX 0.32) when its offset is negative.
+        # A pair of numbers is a complex number, and its rotation a product. Not by mx.fast.rope:
+        # on CUDA (MLX 0.32) that is wrong when its offset is negative.
         half = keys.shape[-1] // 2
-        angles = -distance * mx.exp(-math.log(self.rope_theta) * mx.arange(half) / half)
-        x, y = keys[..., 0::2], keys[..., 1::2]  # the pairs that rotate together
-        x, y = x * mx.cos(angles) - y * mx.sin(angles), x * mx.sin(angles) + y * mx.cos(angles)
-        return mx.stack([x, y], axis=-1).reshape(keys.shape).astype(keys.dtype)
+        angles = -distance * self.rope_theta ** (-np.arange(half) / half)
+        turns = mx.array(np.exp(1j * angles).astype(np.complex64))
+        pairs = keys.astype(mx.float32).view(mx.complex64)  # [..., head_dim / 2]
+        return (pairs * turns).view(mx.float32).astype(keys.dtype)
 
 
 class Attention(nn.Module):
