@@ -873,11 +873,14 @@ class Stream:
         self._heard += 0 if silence else n
         self._fed += n
         most = 4 * self._model.most_steps(len(samples)) * self._step
-        for start in range(0, n, most):
-            windows = self._windows(samples[:, start : start + most, None])[..., 0]
-            if windows.shape[1]:
-                mel = self._model.spectrogram.mel_frames(windows)
-                self._decode(self._model.embed_audio(mel, self._encoder_state))
+        pieces = (self._windows(samples[:, start : start + most, None])[..., 0]
+                  for start in range(0, n, most))
+        mels = (self._model.spectrogram.mel_frames(x) for x in pieces if x.shape[1])
+        mel = next(mels, None)
+        while mel is not None:
+            embeddings = self._model.embed_audio(mel, self._encoder_state)
+            mel = next(mels, None)  # numpy makes it while the GPU computes the embeddings
+            self._decode(embeddings)
         # Evaluate here, as in Generator: the next call may come from another thread.
         mx.eval(self._embeddings, self._encoder_state.conv1.rest, self._encoder_state.conv2.rest)
         return self.text[before:]
