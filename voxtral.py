@@ -23,15 +23,16 @@ The model is a pipe. Sound goes in at one end and text comes out at the other, a
     samples      log-mel       encoder frames     audio embeddings     text tokens
     16 kHz  -->  100 Hz   -->  50 Hz         -->  12.5 Hz         -->  12.5 Hz
           window 400     conv 3        32 layers,        groups of 4       26 layers, one
-          hop 160        conv 3 / 2    15 s of memory    side by side      token per 80 ms
+          hop 160        conv 3 / 2    window of 15 s    side by side      token per 80 ms
 
 Whisper takes 30 s at a time: an encoder that looks both ways over all of it, then a decoder that
 writes as many tokens as it likes and finds its place by cross-attention. Voxtral Realtime differs
 in three ways, and each makes it a stream:
 
-  causal    No part looks ahead. The convolutions look back, and attention sees the last `window`
-            positions: 750 encoder frames (15 s), 8192 tokens (11 min) in the decoder. What was
-            computed stays valid whatever is said next, and memory does not grow.
+  causal    No layer looks ahead; only the spectrogram does, 2.5 ms past the end of a step. The
+            convolutions look back, and attention sees the last `window` positions: 750 encoder
+            frames (15 s), 8192 steps (11 min) in the decoder. What was computed stays valid
+            whatever is said next, and memory does not grow.
   added     There is no cross-attention. The decoder's input at each position is the embedding of
             the last token *plus* that of 80 ms of sound, and its output exactly one token: mostly
             [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], a word is over, and then that
@@ -49,7 +50,7 @@ Words that have one meaning in this file:
   encoder frame   20 ms
   step            80 ms: 1,280 samples, 8 mel frames, 4 encoder frames, 1 audio embedding, 1 token
   delay           how many steps the text runs behind the sound
-  token           an id, never a duration
+  token           an id (mistral-common also calls 80 ms of sound a token; here that is a step)
   recording       what a user hands over; B of them can run in lockstep
 
 Letters in shapes: B recordings, F mel frames, T new positions, D dim, H heads, C channels. Sources:
@@ -95,7 +96,8 @@ from mlx.utils import tree_flatten
 # need them import them.
 
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
-SAMPLE_RATE = 16_000  # load_voxtral_model checks that the tokenizer says so too
+SAMPLE_RATE = 16_000  # load_voxtral_model checks that model and tokenizer say so too
+STEP = 1280  # samples, 80 ms; likewise
 DELAYS_MS = (*range(80, 1201, 80), 2400)  # those that the model was trained with
 
 
@@ -104,7 +106,6 @@ class VoxtralError(Exception):
 
 
 # ------------------------------------------------------------------------------------------- audio
-# Sound to a log-mel spectrogram; the numbers are those of mistral-common's AudioSpectrogramConfig.
 # How files are read comes first. For the model, go straight to Spectrogram.
 
 IS_WAV = re.compile(rb"(RIFF|RF64)....WAVE", re.DOTALL)
@@ -129,9 +130,11 @@ def load_audio(path: str | Path) -> np.ndarray:
         more = np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4)
         if len(more) > len(samples) + 160 or not len(samples):  # more, by 10 ms at least
             samples = more
+            # "[mp3 @ 0x55d0] Header missing" -> "mp3: Header missing"
             says = re.sub(r"^\[(\S+) @ \w+\]", r"\1:", done.stderr.decode(errors="replace").strip())
             says = says and "ffmpeg says: " + says.splitlines()[0]
-            # ffmpeg also complains where files were joined; that counts only if there is damage.
+            # A cut file stays cut, and ffmpeg knows what is damaged. Bytes that libsndfile left
+            # unread count only if ffmpeg fails: it also complains where files were joined.
             if not problem.startswith("cut"):
                 problem = says if done.returncode or problem.startswith("damaged") else ""
     if not len(samples):
@@ -293,13 +296,17 @@ class Spectrogram:
         from mistral_common.audio import mel_filter_bank
 
         bins = self.window_size // 2 + 1
-        bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
+        bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)  # cached
+        bank = bank.astype(np.float32)  # [bins, num_mel_bins]
         # A periodic Hann window, as torch.stft has it; numpy's is symmetric.
         hann = np.hanning(self.window_size + 1)[:-1].astype(np.float32)
         windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size, axis=-1)
         spectrum = np.fft.rfft(windows[..., :: self.hop_length, :] * hann)  # [..., F, bins]
         power = (np.abs(spectrum) ** 2).astype(np.float32)
-        log = np.log10(np.maximum(power @ bank.astype(np.float32), 1e-10))  # [..., F, num_mel_bins]
+        # Eight rows at a time: for more, numpy's BLAS starts threads, which then spin beside MLX.
+        rows = power.reshape(-1, bins)
+        mel = np.concatenate([rows[i : i + 8] @ bank for i in range(0, len(rows), 8)])
+        log = np.log10(np.maximum(mel, 1e-10)).reshape(*power.shape[:-1], self.num_mel_bins)
         # Whisper clips at 80 dB, 8 in log10, below the loudest mel frame of the recording. A stream
         # cannot know how loud the rest will be, so a constant takes its place.
         return mx.array((np.maximum(log, self.global_log_mel_max - 8) + 4) / 4)
@@ -393,8 +400,8 @@ class KVCache:
         self.window = args.sliding_window
         self.rope_theta = args.rope_theta
         self.length = 0  # entries in the buffer
-        self.keys = mx.zeros((0, 0, 0, 0))  # [B, n_kv_heads, capacity, head_dim] after an update
-        self.values = self.keys
+        self.keys: Any = None  # [B, n_kv_heads, capacity, head_dim] after an update
+        self.values: Any = None
         # Rotary embedding turns neighbouring pairs of numbers (traditional=True), not half-splits.
         self.rope = partial(mx.fast.rope, dims=args.head_dim, traditional=True,
                             base=args.rope_theta, scale=1.0)
@@ -405,8 +412,10 @@ class KVCache:
         Returns q rotated, keys, values [B, n_kv_heads, seen, head_dim], and mask [T, seen] or None.
         """
         T = k.shape[2]
+        if self.keys is None:
+            self.keys, self.values = k[:, :, :0], v[:, :, :0]
         if self.length + T > self.keys.shape[2]:
-            self.renew(k, v)
+            self.renew(T)
         start = self.length
         self.length += T
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
@@ -415,23 +424,22 @@ class KVCache:
         if T == 1:  # one position sees its whole window and needs no mask
             seen = slice(max(0, self.length - self.window), self.length)
             return q, self.keys[:, :, seen], self.values[:, :, seen], None
-        # Several positions see the whole buffer under a mask. A view that grows with every feed
-        # would be a new shape each time, for which CUDA plans a new kernel (not so for one query).
+        # Several positions get the whole buffer under a mask, which hides its unused end like any
+        # future. (A view of the used part would be a new shape in each feed.)
         mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
         return q, self.keys, self.values, mask
 
-    def renew(self, k: mx.array, v: mx.array) -> None:
-        """Make buffers with room for k and v behind the entries that are still in the window."""
-        T = k.shape[2]
+    def renew(self, T: int) -> None:
+        """Make buffers with room for T entries behind those that are still in the window."""
         kept = min(self.length, self.window - 1)
         first = self.length - kept
-        need = kept + T + (self.window // 4 if first else 0)  # some room: not each step renews
+        need = kept + T + (self.window // 4 if first else 0)  # spare: not each step renews
         doubling = (1 << max(8, need.bit_length())) - 1
         capacity = min(doubling, (self.window - 1 + max(self.window, T)) | 1)
-        old_k = self.keys[:, :, first : self.length] if kept else k[:, :, :0]
-        old_v = self.values[:, :, first : self.length] if kept else v[:, :, :0]
-        old_k = self.turn_back(old_k, first)
-        room = mx.zeros((*k.shape[:2], capacity - kept, k.shape[3]), k.dtype)
+        old_k = self.keys[:, :, first : self.length]
+        old_k = self.turn_back(old_k, first) if first else old_k
+        old_v = self.values[:, :, first : self.length]
+        room = mx.zeros((*old_k.shape[:2], capacity - kept, old_k.shape[3]), old_k.dtype)
         self.keys = mx.concatenate([old_k, room], axis=2)
         self.values = mx.concatenate([old_v, room], axis=2)
         self.length = kept
@@ -493,7 +501,7 @@ class SwiGLU(nn.Module):
 
 
 class AdaNorm(nn.Module):
-    """How a decoder layer learns the delay: its ffn_norm is scaled by 1 + ada(t)."""
+    """Tells a decoder layer the delay: what its ffn_norm puts out is scaled by 1 + ada(t)."""
 
     def __init__(self, dim: int, inner_dim: int):
         super().__init__()
@@ -529,7 +537,7 @@ class Block(nn.Module):
 class EncoderState:
     """What the encoder remembers of B recordings between two pieces of sound."""
 
-    def __init__(self, args: TransformerArgs, batch: int):
+    def __init__(self, args: TransformerArgs, batch: int = 1):
         self.conv1 = Carry(kernel=3, stride=1, zeros=2)
         self.conv2 = Carry(kernel=3, stride=2, zeros=1)
         self.caches = [KVCache(args, batch) for _ in range(args.n_layers)]
@@ -603,17 +611,17 @@ class Decoder(nn.Module):
 
 
 def read_args(cls: Any, config: dict) -> Any:
-    """A dataclass of sizes, from the fields of a configuration that have the same names."""
+    """A dataclass of sizes, from the fields of the same names; ValueError for what is none."""
     for field in fields(cls):
         value = config[field.name]
-        most = 1000 if field.name == "n_layers" else 1 << 24
+        most = 1000 if field.name == "n_layers" else 1 << 24  # a damaged file may ask for anything
         if type(value).__name__ not in ("int", field.type) or not 0 < value <= most:
             raise ValueError(f"{field.name} is {value!r}")
     return cls(**{field.name: config[field.name] for field in fields(cls)})
 
 
 class Voxtral(nn.Module):
-    """The whole model. `config` is the content of params.json; raises KeyError or ValueError."""
+    """The whole model. `config` is the content of params.json."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -622,7 +630,9 @@ class Voxtral(nn.Module):
         factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames of a step: 4
         self.step_mel_frames = 2 * factor  # mel frames of a step: 8
         self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
-        # The encoder has as many heads of keys as of queries, and may not say so.
+        if self.spectrogram.hop_length * self.step_mel_frames != STEP:
+            raise ValueError(f"a step is not {STEP} samples")
+        # params.json may leave out the encoder's n_kv_heads, which is its n_heads.
         audio = {"n_kv_heads": audio.get("n_heads"), **audio}
         self.encoder_args = read_args(TransformerArgs, audio)
         self.decoder_args = read_args(TransformerArgs, config)
@@ -632,23 +642,19 @@ class Voxtral(nn.Module):
         self.language_model = Decoder(
             self.decoder_args, self.vocab_size, config["ada_rms_norm_t_cond_dim"])
 
-    def encoder_state(self, batch: int = 1) -> EncoderState:
-        """The memory of an encoder that has heard nothing yet of so many recordings."""
-        return EncoderState(self.encoder_args, batch)
-
     def most_steps(self, batch: int) -> int:
         """How many steps of each of B recordings the encoder takes at once."""
-        # Two windows keep a GPU busy, and more cost more attention. Several recordings share one,
-        # for the sake of memory. On a CPU one is best.
+        # A window of attention, 187 steps; two for one recording on a GPU, which is faster there.
+        # More would cost more attention. Recordings in lockstep share the steps, to save memory.
         windows = 2 if batch == 1 and mx.default_device() == mx.gpu else 1
         steps = windows * self.encoder_args.sliding_window * 2 // self.step_mel_frames
-        return max(12, steps // batch)  # fewer would submit more than they compute
+        return max(16, steps // batch)  # for fewer, launching costs more than computing
 
     def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
         """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D].
 
-        Runs in pieces of few sizes, `most_steps` and powers of two, since CUDA plans kernels for
-        each new shape, and MLX stops with "Cache thrashing" after some hundred.
+        Runs in pieces of few sizes, `most_steps` and powers of two: see KVCache. MLX on CUDA stops
+        with "Cache thrashing" after some hundred shapes.
         """
         B, F, _ = mel.shape
         assert F % self.step_mel_frames == 0, f"{F} mel frames are not whole steps"
@@ -669,7 +675,7 @@ class Voxtral(nn.Module):
         whole = len(mel) // self.step_mel_frames * self.step_mel_frames
         if not whole:
             return mx.zeros((0, self.decoder_args.dim))
-        return self.embed_audio(mel[None, :whole], self.encoder_state())[0]
+        return self.embed_audio(mel[None, :whole], EncoderState(self.encoder_args))[0]
 
 
 # ------------------------------------------------------------------------------------------ stream
@@ -677,10 +683,11 @@ class Voxtral(nn.Module):
 # of the last token. This goes on while there is sound: an end-of-sequence token is ignored until
 # the recording is over, and then delay + 11 steps of silence draw out the words still to come.
 #
-# Before the recording the model hears 32 steps of silence: it was trained so, and Mistral found
-# that it errs less. What it writes in these and in the first `delay` steps of the recording is
-# known to be [STREAMING_PAD], for the text runs that far behind the sound. So the prompt is BOS and
-# 32 + delay pads, which go in with the silence and the first delay + 1 steps of the recording. The
+# Before the recording the model hears 32 steps of silence: it was trained with these, and Mistral
+# reports fewer errors with them. Its text for these and for the first `delay` steps of the
+# recording is not decoded but given as [STREAMING_PAD], for the text runs that far behind the
+# sound. So the prompt is BOS and 32 + delay pads, which go in with the silence and the first
+# delay + 1 steps of the recording. The
 # decoder reads the prompt in one pass, the prefill, and its last row gives token 0. From there on,
 # each step decodes one token.
 #
@@ -692,9 +699,10 @@ class Voxtral(nn.Module):
 #     k                  0    1    2    3    4    5    6    7    8    9   10
 #     text                                                  se  sev  seven
 #
-# [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. Token k has
-# heard k + 1 + delay steps and speaks about the first k + 1 of them. So the word that [W] at k
-# opens ended after (k + 1) * 80 ms of sound: here 560 ms, the end of step 6.
+# [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. Token k comes
+# with step k + delay, so it has heard k + 1 + delay steps, and speaks about the first k + 1 of
+# them: the word that [W] at k opens ended after (k + 1) * 80 ms of sound. Here that is 560 ms, the
+# end of step 6.
 
 LONGEST_WORD = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
 
@@ -703,17 +711,17 @@ LONGEST_WORD = 0.4  # seconds: an estimate of what a word takes, where no other 
 class Word:
     """A group of text that one [STREAMING_WORD] opened, and its place in the recording.
 
-    Mostly one word, but the model may group several, and in scripts without spaces a group is what
-    it heard as one. Joined, the texts are the transcript.
+    Mostly one word, but the model may open several at once, and in scripts without spaces a group
+    is whatever it opens at once. Joined, the texts are the transcript.
     """
 
     text: str  # with its leading space; the first word has none
     start: float  # seconds: the end of the word before, but at most LONGEST_WORD before `end`
-    end: float  # seconds, in whole steps, as the model marks it
+    end: float  # seconds: of the step in which the model marks it, or of the recording
 
 
 class Transcript:
-    """What was said: tokens to text and words. It knows no model."""
+    """What was said: tokens to text and words. It needs no model."""
 
     def __init__(self, tokenizer: Any):
         self.text = ""
@@ -735,16 +743,10 @@ class Transcript:
             self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
 
     def extend(self, other: Transcript, seconds: float) -> None:
-        """Take the transcript of what was said from `seconds` on."""
-        words = [Word(word.text, round(word.start + seconds, 3), round(word.end + seconds, 3))
-                 for word in other.words]
-        # Only the tokens tell if a space stands before the first word, which has none.
-        written = b"".join(map(self._tokenizer.id_to_byte_piece, other.tokens))
-        if self.text and words and written.startswith(b" "):
-            words[0] = replace(words[0], text=" " + words[0].text)
-        self.words += words
-        self.text += "".join(word.text for word in words)
-        self.tokens += other.tokens
+        """Take the transcript of a piece of the recording that begins at `seconds`."""
+        for k, token in enumerate(other.tokens):
+            self.append(token, seconds + min((k + 1) * STEP / SAMPLE_RATE, other.time))
+        self.close()
 
     def close(self) -> None:
         """No more tokens: half a character becomes U+FFFD."""
@@ -796,36 +798,36 @@ class Stream:
 
     `delay_ms`, one of DELAYS_MS, is how long the model listens on before it commits itself
     (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words` and
-    `tokens` hold all there is so far; else memory does not grow. One call at a time, from any
-    thread. Raises VoxtralError for other delays, and for samples that as_samples refuses.
-    `lengths` are those of whole recordings, see transcribe.
+    `tokens` grow with the recording, and nothing else does. One call at a time, from any thread.
+    Raises VoxtralError for other delays, and for samples that as_samples refuses. `lengths` is for
+    transcribe: how many samples of each of its padded rows are sound.
     """
 
     def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
                  temperature: float = 0.0, lengths: Iterable[float] = (math.inf,)):
         if delay_ms is not None and delay_ms not in DELAYS_MS:
-            raise VoxtralError(f"delay_ms is {delay_ms}, not a multiple of 80 to 1200, nor 2400")
+            raise VoxtralError(f"delay_ms is {delay_ms}, not a multiple of 80 up to 1200, or 2400")
         self.lengths = list(lengths)  # in samples fed; infinite while a recording goes on
         self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
         self.ended = [length == 0 for length in self.lengths]  # no sound has no words
         audio = tokenizer.audio
         self._delay = audio.get_num_delay_tokens(delay_ms)  # steps
         self._right_pad = audio.n_right_pad_tokens(delay_ms)  # steps of silence: delay + 1 + 10
-        self._step = audio.raw_audio_length_per_tok  # samples: 1,280
         self._eos_id = tokenizer.eos_id
         self._model = model
-        self._encoder_state = model.encoder_state(len(self.lengths))
+        self._encoder_state = EncoderState(model.encoder_args, len(self.lengths))
         # The eight spectrogram windows of a step, taken together, are a moving window again. In
         # front stand half a window, to centre the first one, and the 32 steps of silence.
         window = model.spectrogram.window_size
-        silence = audio.n_left_pad_tokens * self._step
-        self._windows = Carry(self._step - model.spectrogram.hop_length + window, self._step,
+        silence = audio.n_left_pad_tokens * STEP
+        self._windows = Carry(STEP - model.spectrogram.hop_length + window, STEP,
                               zeros=window // 2 + silence)
         pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
         prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
         self._generator = Generator(model, prompt, self._delay, len(self.lengths), temperature)
         self._embeddings: mx.array | None = None  # [B, n, D] that wait for their token
         self._times: deque[float] = deque()  # where steps that wait for their token end, in seconds
+        # Two clocks: what was fed makes the steps, what was heard gives their times.
         self._fed = 0  # samples, with the silence that flush puts in
         self._heard = 0  # samples of the recording
         self._flushed = 0  # samples of the recording at the last flush
@@ -833,7 +835,6 @@ class Stream:
     text = property(lambda self: self.transcripts[0].text)
     tokens = property(lambda self: self.transcripts[0].tokens)
     words = property(lambda self: self.transcripts[0].words)
-    time = property(lambda self: self.transcripts[0].time)
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
@@ -846,13 +847,13 @@ class Stream:
         if self._heard == self._flushed:
             return ""  # nothing was said since
         self._flushed = self._heard
-        steps = -(-self._fed // self._step) + self._right_pad
-        return self._run_silence(steps * self._step - self._fed)
+        steps = -(-self._fed // STEP) + self._right_pad
+        return self._run_silence(steps * STEP - self._fed)
 
     def finish(self) -> str:
         """End the recording and return the rest of its text."""
         before = len(self.text)
-        self.lengths = [min(length, self._fed) for length in self.lengths]
+        self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends here
         self.flush()
         # Half a window of silence completes the last window of the spectrogram.
         self._run_silence(self._model.spectrogram.window_size // 2)
@@ -868,11 +869,11 @@ class Stream:
         """The one path: samples [B, n] -> mel frames -> audio embeddings -> tokens -> text."""
         before = len(self.text)
         n = samples.shape[1]
-        for end in range(self._step - self._fed % self._step, n + 1, self._step):
+        for end in range(STEP - self._fed % STEP, n + 1, STEP):
             self._times.append((self._heard + (0 if silence else end)) / SAMPLE_RATE)
         self._heard += 0 if silence else n
         self._fed += n
-        most = 4 * self._model.most_steps(len(samples)) * self._step
+        most = 4 * self._model.most_steps(len(samples)) * STEP
         pieces = (self._windows(samples[:, start : start + most, None])[..., 0]
                   for start in range(0, n, most))
         mels = (self._model.spectrogram.mel_frames(x) for x in pieces if x.shape[1])
@@ -891,29 +892,30 @@ class Stream:
             embeddings = mx.concatenate([self._embeddings, embeddings], axis=1)
         start = 0
         end = self._generator.ids.shape[1]  # the prompt needs so many; then each token needs one
-        unread: list[mx.array] = []
+        unread: mx.array | None = None
         while not all(self.ended) and end <= embeddings.shape[1]:
-            unread.append(self._generator(embeddings[:, start:end]))
+            ids = self._generator(embeddings[:, start:end])
             # Reading a token waits until it is computed. So read the one before while the GPU
             # computes this one: the decoder takes its own last token without our reading it.
-            if len(unread) == 2:
-                self._append(unread.pop(0))
+            if unread is not None:
+                self._append(unread)
+            unread = ids
             start = end
             end += 1
-        for ids in unread:
-            self._append(ids)
+        if unread is not None:
+            self._append(unread)
         self._embeddings = embeddings[:, start:]
 
     def _append(self, ids: mx.array) -> None:
         """Append a token of each recording, ids [B, 1]."""
         time = self._times.popleft()
-        rows: Any = ids.tolist()  # not ids[:, 0], which would be computed behind the next step
+        rows: Any = ids.tolist()  # ids[:, 0] would be a new operation, queued behind the next step
         for i, (transcript, length) in enumerate(zip(self.transcripts, self.lengths)):
             (token,) = rows[i]
             newest = len(transcript.tokens) + self._delay  # the step that this token heard last
             # The end of sequence is a token like any other until the recording is over.
-            recording_over = newest * self._step >= length
-            silence_over = (newest - self._right_pad) * self._step >= length
+            recording_over = newest * STEP >= length
+            silence_over = (newest - self._right_pad) * STEP >= length
             self.ended[i] |= silence_over or (recording_over and token == self._eos_id)
             if not self.ended[i]:
                 transcript.append(token, min(time, length / SAMPLE_RATE))
@@ -1064,6 +1066,7 @@ def quantisation(path: str, module: Any, weights: dict[str, mx.array]) -> dict |
 
 def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, dict]:
     """The model of a folder with its weights in place, still lazy, and its configuration."""
+    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
     try:
         files = set(os.listdir(folder))
         layout, config = read_config(folder, files)
@@ -1073,8 +1076,7 @@ def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, 
         nn.quantize(model, class_predicate=lambda path, part: quantisation(path, part, weights))
         model.load_weights(list(weights.items()))  # strict: none missing, unknown or misshapen
         # One type throughout: a norm in float32 would make everything after it float32.
-        dtype = dtype or model.encoder.conv1.weight.dtype
-        model.set_dtype(getattr(mx, dtype) if isinstance(dtype, str) else dtype)
+        model.set_dtype(dtype or model.encoder.conv1.weight.dtype)
         return model, config
     except OSError:
         raise
@@ -1098,12 +1100,11 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
 
     folder = download_weights(str(path_or_id))
     model, config = prepare_model(folder, dtype)
-    samples = model.spectrogram.hop_length * model.step_mel_frames
     try:
         tokenizer = Tekkenizer.from_file(folder / "tekken.json")
         audio: Any = tokenizer.audio
         theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
-        assert audio.is_streaming and theirs == (model.vocab_size, SAMPLE_RATE, samples), theirs
+        assert audio.is_streaming and theirs == (model.vocab_size, SAMPLE_RATE, STEP), theirs
     except Exception as error:  # whatever mistral-common trips over, it is the file that is wrong
         why = f"missing, not this model's, or not for this mistral-common ({error!r})"[:300]
         raise VoxtralError(f"{folder / 'tekken.json'}: {why}") from error
@@ -1146,8 +1147,8 @@ def download_weights(model_id: str) -> Path:
         name = type(error).__name__
         why = HUB_ERRORS.get(name, f"could not be downloaded ({name}: {error})"[:90])
         if not files and name not in HUB_ERRORS:  # the hub did not answer
-            if cached := try_to_load_from_cache(model_id, "tekken.json"):
-                return Path(str(cached)).parent
+            if isinstance(cached := try_to_load_from_cache(model_id, "tekken.json"), str):
+                return Path(cached).parent
             why = f"no such folder, not downloaded yet, and no answer from the hub ({name})"
         raise VoxtralError(f"{model_id}: {why}") from error
 
@@ -1163,7 +1164,7 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
     from huggingface_hub import split_state_dict_into_shards_factory as split
 
     folder = download_weights(str(path_or_id))
-    out = Path(out_dir).expanduser()
+    out = Path(out_dir).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
     model, config = prepare_model(folder, dtype)
@@ -1244,7 +1245,7 @@ class Subtitles:
                 out += self.close(cue, word.start)
                 cue = []
             cue.append(word)
-        # Is there time for one more word that begins before the pause is long enough?
+        # A word still to come ends after `time` and begins at most LONGEST_WORD earlier.
         done = cue and time > cue[-1].end + SHORTEST + LONGEST_WORD
         return out + self.close(cue, math.inf) if done else out
 
@@ -1286,7 +1287,8 @@ def note(text: str) -> None:
 def complain(error: Any, name: str = "") -> int:
     """Say in one line what is wrong, and with what; the result is the exit code for it."""
     why = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    note("voxtral.py: " + " ".join((why if name in why else f"{name}: {why}").split()))
+    named = not name or why.startswith(f"{name}: ")
+    note("voxtral.py: " + " ".join((why if named else f"{name}: {why}").split()))
     return 1
 
 
@@ -1302,7 +1304,7 @@ class Writer:
     def __init__(self, name: str, args: argparse.Namespace):
         self.name = name
         self.args = args
-        self.delay = args.delay or (480 if name == "-" else max(DELAYS_MS))
+        self.delay_ms = args.delay or (480 if name == "-" else max(DELAYS_MS))
         kind = "txt" if args.format == "text" else args.format
         stem = "stdin" if name == "-" else Path(name).stem
         self.path = Path(args.output_dir or "", f"{stem}.{kind}")
@@ -1321,7 +1323,7 @@ class Writer:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             samples = load_audio(self.name)
-        self.problems += [warning.message for warning in caught]
+        self.problems += [w.message for w in caught if w.category is UserWarning]
         return samples
 
     def hear(self, samples: np.ndarray) -> float:
@@ -1353,21 +1355,23 @@ class Writer:
                 yield
             os.replace(self.out.name, self.path)
 
-    def write(self, text: str, heard: Any, time: float = math.inf, progress: str = "") -> None:
-        """Write new text, or the cues of heard.words that are complete; then show progress."""
+    def write(self, text: str, transcript: Transcript, time: float = math.inf,
+              progress: str = "") -> None:
+        """Write new text, or the cues that are complete; then show progress."""
         if self.args.format in ("srt", "vtt"):
-            text = self.subtitles.update(heard.words, time)
+            text = self.subtitles.update(transcript.words, time)
         print(self.erase, end="", file=sys.stderr, flush=True)
         print("" if self.args.format == "json" else text, end="", file=self.out, flush=True)
         print(progress if self.erase else "", end="", file=sys.stderr, flush=True)
 
-    def end(self, text: str, heard: Any) -> None:
+    def end(self, text: str, transcript: Transcript) -> None:
         """Write the last text, or the JSON record."""
-        self.write(text + "\n", heard)
+        self.write(text + "\n", transcript)
         if self.args.format == "json":
             record = {"file": self.name, "model": self.args.model, "duration": self.seconds,
-                      "delay_ms": self.delay, "text": heard.text, "tokens": heard.tokens,
-                      "words": [asdict(word) for word in heard.words]}
+                      "delay_ms": self.delay_ms, "text": transcript.text,
+                      "tokens": transcript.tokens,
+                      "words": [asdict(word) for word in transcript.words]}
             print(json.dumps(record, ensure_ascii=False), file=self.out, flush=True)
 
     def complain(self) -> int:
@@ -1383,7 +1387,7 @@ class StandardInput:
 
     def __init__(self, problems: list[Any], stopped: threading.Event):
         if sys.stdin is None or os.isatty(0):
-            raise VoxtralError("standard input is closed or a terminal: pipe sound into it")
+            raise VoxtralError("closed, or a terminal: pipe sound into it")
         # One thread appends and the other takes from the front; both are atomic and need no lock.
         self.data = bytearray()
         self.taken = 0  # bytes
@@ -1476,10 +1480,11 @@ def run_one(writer: Writer, model: Voxtral, tokenizer: Any, args: argparse.Names
         pieces: Any = StandardInput(writer.problems, stopped).pieces_of_sound(args.quiet)
     else:
         samples = writer.load()
-        pieces = np.split(samples, range(64 * 1280, len(samples), 64 * 1280))  # 64 steps
+        pieces = np.split(samples, range(64 * STEP, len(samples), 64 * STEP))
         total = f" of {len(samples) / SAMPLE_RATE:.1f}"
     began = time.perf_counter()
-    stream = Stream(model, tokenizer, delay_ms=writer.delay, temperature=args.temperature)
+    stream = Stream(model, tokenizer, delay_ms=writer.delay_ms, temperature=args.temperature)
+    transcript = stream.transcripts[0]
     with writer.opened():
         try:
             for piece in pieces:
@@ -1487,13 +1492,13 @@ def run_one(writer: Writer, model: Voxtral, tokenizer: Any, args: argparse.Names
                 writer.hear(piece)
                 times = writer.seconds / (time.perf_counter() - began)
                 progress = f"{writer.seconds:.1f}{total} s, {times:.1f} x real time"
-                writer.write(text, stream, stream.time, progress)
+                writer.write(text, transcript, transcript.time, progress)
         except BaseException:  # what was printed ends with its line, also after a second Ctrl-C
-            writer.write("\n" if writer.seconds else "", stream, time=0)
+            writer.write("\n" if writer.seconds else "", transcript, time=0)
             raise
         if not writer.seconds:
             raise KeyboardInterrupt if stopped.is_set() else VoxtralError("holds no samples")
-        writer.end(stream.finish(), stream)
+        writer.end(stream.finish(), transcript)
     if not args.quiet:
         note(f"{writer.name}: {progress}")
     if stopped.is_set():
@@ -1519,7 +1524,7 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
     """Transcribe files --batch at a time and write them in their order; returns the exit code."""
     code = 0
     waiting = list(writers)
-    heard: dict[Writer, Transcript] = {}
+    transcripts: dict[Writer, Transcript] = {}
     # The size of a file stands in for its length, which is not known before it is read.
     left = sorted(writers, key=lambda writer: -writer.size)
     while left:
@@ -1530,7 +1535,6 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
                 cut = cut_at_pauses(writer.load(), args.batch)
                 pieces += [(writer, writer.hear(piece), piece) for piece in cut]
         began = time.perf_counter()
-        together = {writer: Transcript(tokenizer) for writer, _, _ in pieces}
         pieces.sort(key=lambda piece: -len(piece[2]))
         parts: list[Transcript] = []
         try:
@@ -1539,10 +1543,9 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
                 parts += transcribe(model, tokenizer, samples, delay_ms=args.delay,
                                     temperature=args.temperature)
             for (writer, second, _), part in sorted(zip(pieces, parts), key=lambda p: p[0][1]):
-                together[writer].extend(part, second)
-            heard |= together
+                transcripts.setdefault(writer, Transcript(tokenizer)).extend(part, second)
         except FAILURES as error:
-            for writer in together:
+            for writer in {writer for writer, _, _ in pieces}:
                 writer.problems.append(f"{error}; a smaller --batch needs less memory")
         seconds = sum(len(piece) for _, _, piece in pieces) / SAMPLE_RATE
         if pieces and not args.quiet:
@@ -1550,11 +1553,9 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
             note(f"{len(pieces)} pieces: {seconds:.1f} s, {times:.1f} x real time")
         while waiting and waiting[0] not in left:
             writer = waiting.pop(0)
-            if writer not in heard:
-                code |= writer.complain()
-                continue
-            with writer.failures(), writer.opened():
-                writer.end(heard[writer].text, heard.pop(writer))
+            if transcript := transcripts.pop(writer, None):
+                with writer.failures(), writer.opened():
+                    writer.end(transcript.text, transcript)
             code |= writer.complain()
     return code
 
@@ -1596,7 +1597,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         " 80 to 1200 in steps of 80, or 2400 (default: 480 for -, else 2400)")
     add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
     add("--output-dir", metavar="DIR", help="write a file per recording to DIR: NAME.txt, ...")
-    add("--batch", type=int, metavar="N", default=1, choices=range(1, 1025),
+    add("--batch", type=int, metavar="N", default=1,
         help="N recordings at a time; those over 80 s are cut at quiet places to fill up")
     add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
@@ -1607,6 +1608,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
         parser.error("name audio files (- once at most), or --convert DIR without any")
+    if not 1 <= args.batch <= 1024:
+        parser.error("--batch takes 1 to 1024")
     if args.bits and not args.convert:
         parser.error("--bits goes with --convert")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:

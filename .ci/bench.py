@@ -169,7 +169,7 @@ def bench_ours(cfg: dict, bits: int | None, rates: tuple, full: bool) -> Iterato
 
 def live_feeds(model: V.Voxtral, mel: mx.array) -> Iterator[Row]:
     """80 ms of sound at a time, for 26 s: the encoder's window fills, and its buffer is renewed."""
-    state = model.encoder_state()
+    state = V.EncoderState(model.encoder_args)
     generator = V.Generator(model, [32] * 39, DELAY)
     generator(model.embed_audio(mel[None, :312], state)).tolist()
     times: dict[str, list] = {"encoder": [], "encoder and step": []}
