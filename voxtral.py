@@ -687,9 +687,8 @@ class Voxtral(nn.Module):
 # reports fewer errors with them. Its text for these and for the first `delay` steps of the
 # recording is not decoded but given as [STREAMING_PAD], for the text runs that far behind the
 # sound. So the prompt is BOS and 32 + delay pads, which go in with the silence and the first
-# delay + 1 steps of the recording. The
-# decoder reads the prompt in one pass, the prefill, and its last row gives token 0. From there on,
-# each step decodes one token.
+# delay + 1 steps of the recording. The decoder reads the prompt in one pass, the prefill, and its
+# last row gives token 0. From there on, each step decodes one token.
 #
 # An example: a clip begins with "seven", said from 0.25 to 0.50 s. The delay is 160 ms, two steps:
 #
@@ -1535,14 +1534,13 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
                 cut = cut_at_pauses(writer.load(), args.batch)
                 pieces += [(writer, writer.hear(piece), piece) for piece in cut]
         began = time.perf_counter()
-        pieces.sort(key=lambda piece: -len(piece[2]))
         parts: list[Transcript] = []
         try:
             for i in range(0, len(pieces), args.batch):
-                samples = [piece[2] for piece in pieces[i : i + args.batch]]
+                samples = [piece for _, _, piece in pieces[i : i + args.batch]]
                 parts += transcribe(model, tokenizer, samples, delay_ms=args.delay,
                                     temperature=args.temperature)
-            for (writer, second, _), part in sorted(zip(pieces, parts), key=lambda p: p[0][1]):
+            for (writer, second, _), part in zip(pieces, parts):
                 transcripts.setdefault(writer, Transcript(tokenizer)).extend(part, second)
         except FAILURES as error:
             for writer in {writer for writer, _, _ in pieces}:
