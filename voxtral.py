@@ -132,7 +132,7 @@ def load_audio(path: str | Path) -> np.ndarray:
             samples = more
             # "[mp3 @ 0x55d0] Header missing" -> "mp3: Header missing"
             says = re.sub(r"^\[(\S+) @ \w+\]", r"\1:", done.stderr.decode(errors="replace").strip())
-            says = says and "ffmpeg says: " + says.splitlines()[0]
+            says = says and "ffmpeg says: " + says.splitlines()[0].removeprefix(f"file:{path}: ")
             # A cut file stays cut, and ffmpeg knows what is damaged. Bytes that libsndfile left
             # unread count only if ffmpeg fails: it also complains where files were joined.
             if not problem.startswith("cut"):
@@ -1348,7 +1348,6 @@ class Writer:
         if not self.args.output_dir:
             yield
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".") as scratch:
             with open(Path(scratch, "new"), "w", encoding="utf-8") as self.out:
                 yield
@@ -1564,6 +1563,7 @@ def run_files(args: argparse.Namespace) -> int:
     code = max([complain(f"{n!r}: no such file") for n in args.audio if n not in files], default=0)
     if not files:  # say so before gigabytes are loaded
         return code
+    Path(args.output_dir or "").mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
     if not args.quiet:
@@ -1606,8 +1606,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
         parser.error("name audio files (- once at most), or --convert DIR without any")
-    if not 1 <= args.batch <= 1024:
-        parser.error("--batch takes 1 to 1024")
+    if not 1 <= args.batch <= 1024 or not 0 <= args.temperature < math.inf:
+        parser.error("--batch takes 1 to 1024, --temperature 0 or more")
     if args.bits and not args.convert:
         parser.error("--bits goes with --convert")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:

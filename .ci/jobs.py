@@ -34,6 +34,8 @@ LAYOUTS = {  # how many more word errors than the original each may have; None: 
 
 
 def digits() -> int:
+    if not DIGITS.is_dir():
+        sys.exit(f"{DIGITS} is not there")
     expected = json.loads((DIGITS / "clips/expected.json").read_text())
     errors: dict[str, int] = {}
     failures = 0
