@@ -1550,9 +1550,11 @@ def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
             note(f"{len(pieces)} pieces: {seconds:.1f} s, {times:.1f} x real time")
         while waiting and waiting[0] not in left:
             writer = waiting.pop(0)
-            if transcript := transcripts.pop(writer, None):
-                with writer.failures(), writer.opened():
-                    writer.end(transcript.text, transcript)
+            if writer not in transcripts:
+                code |= writer.complain()
+                continue
+            with writer.failures(), writer.opened():
+                writer.end(transcripts[writer].text, transcripts.pop(writer))
             code |= writer.complain()
     return code
 
