@@ -528,3 +528,22 @@ def test_a_word_that_goes_on_is_not_cut_off():
     out += subtitles.update([V.Word("einszwei", 0, 0.4)], 2.0)
     out += subtitles.update([V.Word("einszwei", 0, 0.4)], 2.1)
     assert "einszwei" in out
+
+
+@pytest.mark.parametrize("option", [["--batch", "0"], ["--temperature", "-1"],
+                                    ["--temperature", "nan"]])
+def test_numbers_out_of_range_are_refused_in_short(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        V.parse_args([*option, "x.wav"])
+    assert len(capsys.readouterr().err.splitlines()[-1]) < 120
+
+
+def test_a_warning_of_a_library_is_no_fault_of_the_recording(monkeypatch):
+    def load_audio(path):
+        V.warnings.warn("old", DeprecationWarning, stacklevel=1)
+        V.warnings.warn("cut short", stacklevel=1)
+
+    monkeypatch.setattr(V, "load_audio", load_audio)
+    writer = V.Writer("x.wav", V.parse_args(["x.wav"]))
+    writer.load()
+    assert list(map(str, writer.problems)) == ["cut short"]
