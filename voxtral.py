@@ -12,8 +12,7 @@
 # ///
 """Voxtral Mini 4B Realtime, Mistral's streaming speech-to-text model, in one file of MLX.
 
-    python voxtral.py speech.wav                                 # the words, as they are decoded
-    ffmpeg -f alsa -i default -f wav - | python voxtral.py -     # a microphone, live
+    python voxtral.py speech.wav              # writes the words as they are decoded
 
     model, tokenizer, config = load_voxtral_model()
     print(transcribe(model, tokenizer, load_audio("speech.wav")).text)
@@ -22,41 +21,37 @@ The model is a pipe. Sound goes in at one end and text comes out at the other, a
 
     samples      log-mel       encoder frames     audio embeddings     text tokens
     16 kHz  -->  100 Hz   -->  50 Hz         -->  12.5 Hz         -->  12.5 Hz
-          window 400     conv 3        32 layers,        groups of 4       26 layers, one
-          hop 160        conv 3 / 2    window of 15 s    side by side      token per 80 ms
+        400 samples,      conv 3        32 layers,        groups of 4       26 layers, one
+        hop 160           conv 3 / 2    window of 15 s    side by side      token per 80 ms
 
 Whisper takes 30 s at a time: an encoder that looks both ways over all of it, then a decoder that
 writes as many tokens as it likes and finds its place by cross-attention. Voxtral Realtime differs
 in three ways, and each makes it a stream:
 
-  causal    No layer looks ahead; only the spectrogram does, 2.5 ms past the end of a step. The
-            convolutions look back, and attention sees the last `window` positions: 750 encoder
-            frames (15 s), 8192 steps (11 min) in the decoder. What was computed stays valid
-            whatever is said next, and memory does not grow.
+  causal    No layer looks ahead, and attention looks back over a window: 750 encoder frames (15
+            s), 8192 steps (11 min) in the decoder. So what was computed stays valid whatever is
+            said next, and memory does not grow.
   added     There is no cross-attention. The decoder's input at each position is the embedding of
             the last token *plus* that of 80 ms of sound, and its output exactly one token: mostly
             [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], a word is over, and then that
-            word's tokens, one per step.
+            word's tokens, one per step. The line that adds them is in `Voxtral.__call__`.
   delayed   The text runs some steps behind the sound: with a longer delay the model hears more
             before it writes, errs less and answers later. One set of weights serves delays from
             80 ms to 2.4 s; a small network turns the delay into a scale on the decoder's norms.
 
-So a file is a stream that arrives at once, and all sound takes one path, `Stream._run`: by `feed`
-and `finish` if it is live, by `transcribe` if it is whole, several recordings in lockstep.
-
-Words that have one meaning in this file:
+So a file is a stream that arrives at once, and all sound takes one path, `Stream._run`, live or
+whole, one recording or several in lockstep. Words that have one meaning in this file:
 
   mel frame       one column of the spectrogram, 10 ms
   encoder frame   20 ms
   step            80 ms: 1,280 samples, 8 mel frames, 4 encoder frames, 1 audio embedding, 1 token
-  delay           how many steps the text runs behind the sound
+  delay           how many steps the text runs behind the sound; `delay_ms` is the same in ms
+  window          the positions that attention sees: the newest `sliding_window`
   token           an id (mistral-common also calls 80 ms of sound a token; here that is a step)
   recording       what a user hands over; B of them can run in lockstep
 
-Letters in shapes: B recordings, F mel frames, T new positions, D dim, H heads, C channels. Sources:
-the Voxtral Realtime report (arXiv 2602.11298); delayed streams (Kyutai, arXiv 2509.08753);
-params.json of mistralai/Voxtral-Mini-4B-Realtime-2602; and mistral-common, which owns the tokenizer
-and every constant of the audio format.
+Letters in shapes: B recordings, F mel frames, T new positions, D dim, C channels. Sources: arXiv
+2602.11298 (the report), 2509.08753 (delayed streams), the model's params.json, mistral-common.
 """
 
 from __future__ import annotations
@@ -65,23 +60,22 @@ import argparse
 import codecs
 import contextlib
 import html
-import io
 import itertools
 import json
 import math
 import os
+import queue
 import re
+import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import tempfile
+import textwrap
 import threading
-import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -91,10 +85,9 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
+from tqdm import tqdm
 
-# mistral-common, huggingface_hub, soundfile and soxr are slow to import, so the functions that
-# need them import them.
-
+# mistral-common and huggingface_hub are slow to import: the functions that need them do it.
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
 SAMPLE_RATE = 16_000  # load_voxtral_model checks that model and tokenizer say so too
 STEP = 1280  # samples, 80 ms; likewise
@@ -105,162 +98,7 @@ class VoxtralError(Exception):
     """A mistake that the user can mend; the message says what is wrong, on one line."""
 
 
-# ------------------------------------------------------------------------------------------- audio
-# How files are read comes first. For the model, go straight to Spectrogram.
-
-IS_WAV = re.compile(rb"(RIFF|RF64)....WAVE", re.DOTALL)
-JOINT = re.compile(rb"(?s)(?=OggS\0\x02|fLaC[\0\x80]\0\0\x22|RIFF....WAVE)")  # a file begins
-DAMAGE = (RuntimeError, struct.error, KeyError)  # raised where a file cannot be parsed
-
-
-def load_audio(path: str | Path) -> np.ndarray:
-    """Read an audio file as float32 mono samples [n] at 16 kHz, within about -1..1.
-
-    libsndfile reads wav, flac, ogg, mp3 and more; ffmpeg, where it is installed, reads what
-    libsndfile refuses or leaves a part of. Channels are averaged. Warns where a part is missing.
-    Raises OSError, and VoxtralError for what holds no sound.
-    """
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise VoxtralError(f"{path}: a pipe or device; to read it: python voxtral.py - < {path}")
-    samples, problem = decode(Path(path).read_bytes())
-    if problem and not shutil.which("ffmpeg"):
-        problem += "; ffmpeg, which is not installed, may read more"
-    elif problem:
-        done = subprocess.run(ffmpeg(f"file:{path}", "f32le"), capture_output=True, check=False)
-        more = np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4)
-        if len(more) > len(samples) + 160 or not len(samples):  # more, by 10 ms at least
-            samples = more
-            # "[mp3 @ 0x55d0] Header missing" -> "mp3: Header missing"
-            says = re.sub(r"^\[(\S+) @ \w+\]", r"\1:", done.stderr.decode(errors="replace").strip())
-            says = says and "ffmpeg says: " + says.splitlines()[0].removeprefix(f"file:{path}: ")
-            # A cut file stays cut, and ffmpeg knows what is damaged. Bytes that libsndfile left
-            # unread count only if ffmpeg fails: it also complains where files were joined.
-            if not problem.startswith("cut"):
-                problem = says if done.returncode or problem.startswith("damaged") else ""
-    if not len(samples):
-        raise VoxtralError(f"{path}: {problem or 'holds no samples'}")
-    if problem:
-        warnings.warn(f"{path}: {problem}", stacklevel=2)
-    return as_samples(samples)
-
-
-@contextlib.contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Descriptor 2, to which libmpg123 prints its remarks, is /dev/null for a while."""
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-@silent_stderr()
-def decode(data: bytes) -> tuple[np.ndarray, str]:
-    """The samples that libsndfile reads of a file, and what is wrong with them, or ""."""
-    pieces = [np.zeros(0, np.float32)]
-    missing = stated_size(data) - len(data)
-    problem = f"cut short: {missing:,} bytes are missing" if missing > 0 else ""
-    try:
-        for part in filter(None, JOINT.split(data) if JOINT.match(data) else [data]):
-            file = io.BytesIO(part)
-            # List += keeps what came before an error.
-            pieces += to_16k(wav_pieces(file.read) if IS_WAV.match(part) else file_pieces(file))
-            # A header may lie about the length. What counts is where the reader stands now.
-            rest = file.read().strip(b"\0")
-            if rest and not re.match(rb"TAG|[A-Za-z0-9 ]{4}", rest):  # no tag and no chunk
-                problem = problem or f"the last {len(rest):,} bytes were not read"
-    except EOFError as error:
-        problem = str(error)
-    except DAMAGE:
-        problem = problem or "damaged, or no sound that libsndfile reads"
-    return np.concatenate(pieces), problem
-
-
-def stated_size(data: bytes) -> int:
-    """How long a file must be at least by its own account, in bytes; 0 if it does not say."""
-    size = 0
-    if data.startswith(b"OggS"):  # the last page states the sizes of its segments
-        start = data.rfind(b"OggS")
-        segments = data[start + 27 : start + 27 + sum(data[start + 26 : start + 27])]
-        size = start + 27 + len(segments) + sum(segments)
-    elif data.startswith(b"FORM"):  # AIFF
-        size = int.from_bytes(data[4:8], "big")
-    elif data.startswith(b".snd"):
-        size = int.from_bytes(data[4:8], "big") + int.from_bytes(data[8:12], "big")
-    elif note := re.search(rb"(?s)(?:Xing|Info)\0\0\0[\3\7\13\17].{4}(.{4})", data[:5000]):  # mp3
-        size = int.from_bytes(note[1], "big")
-    return size if size < 0x7F000000 else 0  # larger: written to a pipe, not known
-
-
-def file_pieces(file: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """What libsndfile reads of an open file: the rate in Hz, and samples [n, channels]."""
-    import soundfile  # type: ignore[import-untyped]
-
-    with soundfile.SoundFile(file) as sound:
-        sound.seekable = lambda: False  # else it seeks after each piece
-        left = sound.frames
-        while len(piece := sound.read(min(4096, left), dtype="float32", always_2d=True)):
-            left -= len(piece)
-            yield sound.samplerate, piece
-        # The length of an mp3 may be an estimate, that of an endless one is huge.
-        if sound.samplerate < left < 1 << 48 and left > 0.05 * sound.frames:
-            raise EOFError(f"cut short: {left / sound.samplerate:.1f} s are missing")
-
-
-def wav_pieces(read: Callable[[int], bytes],
-               waiting: Callable[[], int] = lambda: 1 << 30) -> Iterator[tuple[int, np.ndarray]]:
-    """A WAV stream, which may be a pipe, in pieces: the rate in Hz, and samples [n, channels].
-
-    A piece is 40 ms long, or up to 4 s if so many bytes are `waiting`. If its writer did not know
-    the size of the sound, or did not live to note it, the size is 0 or about 2 or 4 GiB, and the
-    sound goes on to the end.
-    """
-    import soundfile  # type: ignore[import-untyped]
-
-    read(12)  # RIFF, a size that nobody needs, WAVE
-    chunks: dict[bytes, bytes] = {}
-    name, size = struct.unpack("<4sI", read(8))
-    while name != b"data":
-        chunks[name] = read(size + size % 2)
-        name, size = struct.unpack("<4sI", read(8))
-    if b"ds64" in chunks:
-        size = int.from_bytes(chunks[b"ds64"][8:16], "little")
-    form = chunks[b"fmt "]
-    _, channels, rate, _, unit, bits = struct.unpack("<HHIIHH", form[:16])
-    least = unit * max(1, rate * channels * bits // 200 // max(1, unit))  # bytes in 40 ms
-    empty = size == 0
-    total = math.inf if empty or 0x7F000000 <= size <= 0xFFFFFFFF else size
-    done = 0
-    while done < total:
-        wanted = min(total - done, least * max(1, min(100, waiting() // max(1, least))))
-        if not (data := read(int(wanted))):
-            break
-        if empty and not done and re.match(rb"[A-Za-z]{3}[A-Za-z ]", data):
-            return  # there is no sound, and this is the next chunk
-        done += len(data)
-        head = b"RIFF" + struct.pack("<I8sI", 36, b"WAVEfmt ", len(form)) + form
-        whole = io.BytesIO(head + b"data" + struct.pack("<I", len(data)) + data)
-        yield rate, soundfile.read(whole, dtype="float32", always_2d=True)[0]
-    if done < total < math.inf:
-        raise EOFError(f"cut short: {total - done:,} bytes are missing")
-
-
-def to_16k(pieces: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-    """Pieces of one rate in Hz, samples [n, channels] -> pieces of mono samples at 16 kHz."""
-    import soxr  # type: ignore[import-untyped]
-
-    resampler = None
-    for rate, piece in pieces:
-        if rate < 1000:
-            raise VoxtralError(f"a sample rate of {rate} Hz carries no speech")
-        resampler = resampler or soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-        mono = piece.mean(axis=1)
-        yield mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono)
-    if resampler:
-        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+# ------------------------------------------------------------------------------------- spectrogram
 
 
 def as_samples(samples: Any) -> np.ndarray:
@@ -268,18 +106,9 @@ def as_samples(samples: Any) -> np.ndarray:
     samples = np.asarray(samples)
     if samples.dtype == np.int16:
         samples = samples / np.float32(32768)
-    if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all():
-        raise VoxtralError("samples must be int16 or finite floats (not NaN or infinite), [n]")
-    if np.abs(samples).max(initial=0) > 1000:
-        raise VoxtralError("samples far outside -1..1: these look like int16 values as floats")
+    if samples.ndim != 1 or samples.dtype.kind != "f" or not np.abs(samples).max(initial=0) < 1000:
+        raise VoxtralError("samples must be [n], int16 or floats within about -1..1 and not NaN")
     return samples.astype(np.float32, copy=False)
-
-
-def ffmpeg(source: str, form: str) -> list[str]:
-    """The command that decodes the first sound of `source` to mono at 16 kHz."""
-    # Timestamps jump where files were joined; asetpts counts samples instead.
-    return ["ffmpeg", "-nostdin", "-v", "error", "-i", source, "-map", "0:a:0",
-            "-af", "asetpts=N/SR/TB", "-ac", "1", "-ar", str(SAMPLE_RATE), "-f", form, "-"]
 
 
 @dataclass(frozen=True)
@@ -288,71 +117,66 @@ class Spectrogram:
 
     num_mel_bins: int = 128  # bands up to half the sampling rate, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
-    window_size: int = 400  # samples: 25 ms
+    window_size: int = 400  # samples: 25 ms, of which a mel frame is made
     global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
 
-    def mel_frames(self, samples: np.ndarray) -> mx.array:
-        """Log-mel of every whole window in samples [..., n] -> float32 [..., F, num_mel_bins]."""
+    def mel_frames(self, samples: mx.array) -> mx.array:
+        """Samples [B, 160 F + 240] -> the log-mel of their F mel frames [B, F, 128], float32."""
         from mistral_common.audio import mel_filter_bank
 
-        bins = self.window_size // 2 + 1
-        bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)  # cached
-        bank = bank.astype(np.float32)  # [bins, num_mel_bins]
-        # A periodic Hann window, as torch.stft has it; numpy's is symmetric.
-        hann = np.hanning(self.window_size + 1)[:-1].astype(np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(samples, self.window_size, axis=-1)
-        spectrum = np.fft.rfft(windows[..., :: self.hop_length, :] * hann)  # [..., F, bins]
-        power = (np.abs(spectrum) ** 2).astype(np.float32)
-        # Eight rows at a time: for more, numpy's BLAS starts threads, which then spin beside MLX.
-        rows = power.reshape(-1, bins)
-        mel = np.concatenate([rows[i : i + 8] @ bank for i in range(0, len(rows), 8)])
-        log = np.log10(np.maximum(mel, 1e-10)).reshape(*power.shape[:-1], self.num_mel_bins)
+        bins = self.window_size // 2 + 1  # frequencies of a Fourier transform: 201
+        bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
+        hann = np.hanning(self.window_size + 1)[:-1]  # periodic, as torch.stft has it
+        B, n = samples.shape
+        F = (n - self.window_size) // self.hop_length + 1
+        x = mx.as_strided(samples, (B, F, self.window_size), (n, self.hop_length, 1))
+        power = mx.square(mx.abs(mx.fft.rfft(x * mx.array(hann, mx.float32))))  # [B, F, bins]
+        mel = power @ mx.array(bank, mx.float32)  # [B, F, num_mel_bins]
         # Whisper clips at 80 dB, 8 in log10, below the loudest mel frame of the recording. A stream
         # cannot know how loud the rest will be, so a constant takes its place.
-        return mx.array((np.maximum(log, self.global_log_mel_max - 8) + 4) / 4)
+        log = mx.maximum(mx.log10(mx.maximum(mel, 1e-10)), self.global_log_mel_max - 8)
+        return (log + 4) / 4
 
 
 def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
     """Log-mel of a whole signal: 16 kHz samples [n] -> [n // 160, 128] float32.
 
-    Mel frame f is centred on sample 160 f, with silence around the signal; as in Whisper, the last
-    one is dropped. Stream does not use this: it is for whole signals.
+    Mel frame f is centred on sample 160 f; there is silence around the signal. Stream does without.
     """
-    padded = np.pad(np.asarray(samples, np.float32), spectrogram.window_size // 2)
-    return spectrogram.mel_frames(padded)[: len(samples) // spectrogram.hop_length]
+    frames = len(samples) // spectrogram.hop_length
+    size = (1 << frames.bit_length()) * spectrogram.hop_length  # few shapes, see Voxtral.pieces
+    half = spectrogram.window_size // 2
+    padded = np.pad(np.asarray(samples, np.float32), (half, size - len(samples) + half))
+    return spectrogram.mel_frames(mx.array(padded[None]))[0, :frames]
 
 
 @dataclass
 class Carry:
-    """What a window that moves along a signal still needs of the signal's past.
+    """What a kernel that moves along a signal still needs of the signal's past.
 
-    After n windows the next one begins at input n * stride, so everything from there on is kept.
-    Example with kernel 3, stride 2 and inputs x0 x1 x2 x3: the window x0-x2 is complete, the next
-    begins at x2, so x2 and x3 are kept. (Keeping the last kernel - stride inputs instead would lose
-    x2 whenever a chunk ends between two windows.)
+    After n moves the kernel stands at input n * stride, so everything from there on is kept.
+    Example with kernel 3, stride 2 and inputs x0 x1 x2 x3: the kernel has seen x0-x2 and stands
+    at x2, so x2 and x3 are kept until x4 arrives.
     """
 
-    kernel: int  # inputs that the window covers
+    kernel: int  # inputs that it covers
     stride: int  # by how many it moves, at most `kernel`
     zeros: int  # how many stand in front of the signal
-    rest: Any = None  # [..., n, C], a numpy or MLX array like the signal
+    rest: Any = None  # [B, n, ...]
 
-    def __call__(self, x: Any) -> Any:
-        """The next inputs [..., n, C] -> the inputs [..., m, C] of the windows they complete."""
-        xp: Any = np if isinstance(x, np.ndarray) else mx
+    def __call__(self, x: mx.array) -> mx.array:
+        """The next inputs [B, n, ...] -> the inputs [B, m, ...] that the kernel can move over."""
         if self.rest is None:
-            self.rest = xp.zeros((*x.shape[:-2], self.zeros, x.shape[-1]), x.dtype)
-        x = xp.concatenate([self.rest, x], axis=-2)
-        windows = max(0, (x.shape[-2] - self.kernel) // self.stride + 1)
-        end = (windows - 1) * self.stride + self.kernel if windows else 0
-        self.rest = x[..., windows * self.stride :, :]
-        return x[..., :end, :]
+            self.rest = mx.zeros((len(x), self.zeros, *x.shape[2:]), x.dtype)
+        x = mx.concatenate([self.rest, x], axis=1)
+        moves = max(0, (x.shape[1] - self.kernel) // self.stride + 1)
+        self.rest = x[:, moves * self.stride :]
+        return x[:, : (moves - 1) * self.stride + self.kernel if moves else 0]
 
 
 # --------------------------------------------------------------------------------------- attention
-# What encoder and decoder share. Only attention and the convolutions look at several positions, so
-# everywhere else activations are rows [B * T, D]; row b * T + t is position t of recording b. MLX
-# multiplies rows in one product, and a batch of B matrices more slowly or one by one.
+# What encoder and decoder share. Activations are rows [B * T, D], row b * T + t for position t of
+# recording b, which MLX multiplies in one product; only attention and convolutions fold them.
 
 
 @dataclass(frozen=True)
@@ -372,45 +196,34 @@ class TransformerArgs:
 
 @lru_cache(maxsize=4)  # all layers ask for the same mask
 def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
-    """Mask [T, size] for queries at positions start, start + 1, ... of a buffer of `size` keys.
+    """Mask [T, size] for queries at positions start, start + 1, ... and `size` keys from 0 on.
 
-    Query i sees keys i - window + 1 .. i. The mask is added to the scores: CUDA has a fused kernel
-    for that, and none for a boolean one.
+    Query i sees keys i - window + 1 .. i. Added to the scores, as all fused kernels of MLX take it.
     """
     back = np.arange(start, start + T)[:, None] - np.arange(size)  # from query to key
     return mx.array(np.where((back >= 0) & (back < window), 0, mx.finfo(dtype).min), dtype)
 
 
 class KVCache:
-    """Rotated keys, and values, of the last `window` positions of B recordings.
+    """Rotated keys, and values, of the positions that B recordings can still see.
 
-    New entries are appended to a buffer in place. A full buffer is replaced: by a larger one at
-    first, later by one that begins with the last `window - 1` entries. A position is an index into
-    the buffer, not the time since the stream began: attention depends on distances alone, and small
-    positions keep float32 angles exact after days. So kept keys are rotated back as they move.
-
-    Capacities are 255, 511, ... up to 2 * window - 1, or more where more than `window` positions
-    come at once. They are few, because CUDA plans kernels for each new shape, and odd, because MLX
-    0.32 on CUDA computes wrong numbers from a view that does not begin at 0 if the capacity of the
-    buffer is a multiple of 256.
+    They are appended to a buffer in place. A full buffer is replaced by one that begins with the
+    last `window - 1` entries. A position is an index into the buffer, so kept keys are rotated
+    anew: attention depends on distances alone, and small angles stay exact after days. Sizes (255,
+    511, ...) are few and odd, for MLX 0.32 on CUDA plans each, and errs in views inside even ones.
     """
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
         self.batch = batch
         self.window = args.sliding_window
-        self.rope_theta = args.rope_theta
-        self.length = 0  # entries in the buffer
-        self.keys: Any = None  # [B, n_kv_heads, capacity, head_dim] after an update
+        self.length = 0  # entries in the buffers
+        self.keys: Any = None  # [B, n_kv_heads, size, head_dim] after an update
         self.values: Any = None
-        # Rotary embedding turns neighbouring pairs of numbers (traditional=True), not half-splits.
-        self.rope = partial(mx.fast.rope, dims=args.head_dim, traditional=True,
-                            base=args.rope_theta, scale=1.0)
+        self.rope = partial(mx.fast.rope, dims=args.head_dim, base=args.rope_theta, scale=1.0,
+                            traditional=True)  # rotates neighbours of a head, not its halves
 
     def update(self, q: mx.array, k: mx.array, v: mx.array) -> tuple:
-        """Append T new positions: q [B, n_heads, T, head_dim], k, v [B, n_kv_heads, T, head_dim].
-
-        Returns q rotated, keys, values [B, n_kv_heads, seen, head_dim], and mask [T, seen] or None.
-        """
+        """Append T positions [B, heads, T, head_dim] -> rotated q, keys, values, mask [T, seen]."""
         T = k.shape[2]
         if self.keys is None:
             self.keys, self.values = k[:, :, :0], v[:, :, :0]
@@ -421,41 +234,26 @@ class KVCache:
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
         q = self.rope(q, offset=start)
-        if T == 1:  # one position sees its whole window and needs no mask
-            seen = slice(max(0, self.length - self.window), self.length)
-            return q, self.keys[:, :, seen], self.values[:, :, seen], None
-        # Several positions get the whole buffer under a mask, which hides its unused end like any
-        # future. (A view of the used part would be a new shape in each feed.)
-        mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
-        return q, self.keys, self.values, mask
+        if T > 1:  # the mask hides the unused end of the buffer like any future
+            mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
+            return q, self.keys, self.values, mask
+        seen = slice(max(0, self.length - self.window), self.length)  # all that one may see
+        return q, self.keys[:, :, seen], self.values[:, :, seen], None
 
     def renew(self, T: int) -> None:
-        """Make buffers with room for T entries behind those that are still in the window."""
-        kept = min(self.length, self.window - 1)
-        first = self.length - kept
-        need = kept + T + (self.window // 4 if first else 0)  # spare: not each step renews
-        doubling = (1 << max(8, need.bit_length())) - 1
-        capacity = min(doubling, (self.window - 1 + max(self.window, T)) | 1)
-        old_k = self.keys[:, :, first : self.length]
-        old_k = self.turn_back(old_k, first) if first else old_k
-        old_v = self.values[:, :, first : self.length]
-        room = mx.zeros((*old_k.shape[:2], capacity - kept, old_k.shape[3]), old_k.dtype)
-        self.keys = mx.concatenate([old_k, room], axis=2)
-        self.values = mx.concatenate([old_v, room], axis=2)
-        self.length = kept
-        if kept and self.batch > 1:
-            # Evaluate here: the old buffers are free before the next layer makes its new ones.
+        """Move what the next position can see to buffers with room for T more."""
+        first = max(0, self.length - self.window + 1)
+        keys, values = (x[:, :, first : self.length] for x in (self.keys, self.values))
+        need = self.length - first + T
+        if first:  # undo the rotation, and rotate by the new positions
+            keys = self.rope(self.rope(keys.astype(mx.float32), offset=first, scale=-1.0), offset=0)
+            need += self.window // 4  # lest each step renews
+        size = min((1 << max(8, need.bit_length())) - 1, self.window - 1 + max(self.window, T) | 1)
+        self.length -= first
+        room = [(0, 0), (0, 0), (0, size - self.length), (0, 0)]
+        self.keys, self.values = mx.pad(keys.astype(values.dtype), room), mx.pad(values, room)
+        if self.length and self.batch > 1:  # free the old buffers before the next layer's are made
             mx.eval(self.keys, self.values)
-
-    def turn_back(self, keys: mx.array, distance: int) -> mx.array:
-        """Rotate keys [..., head_dim] to positions that are smaller by `distance`."""
-        # A pair of numbers is a complex number, and its rotation a product. Not by mx.fast.rope:
-        # on CUDA (MLX 0.32) that is wrong when its offset is negative.
-        half = keys.shape[-1] // 2
-        angles = -distance * self.rope_theta ** (-np.arange(half) / half)
-        turns = mx.array(np.exp(1j * angles).astype(np.complex64))
-        pairs = keys.astype(mx.float32).view(mx.complex64)  # [..., head_dim / 2]
-        return (pairs * turns).view(mx.float32).astype(keys.dtype)
 
 
 class Attention(nn.Module):
@@ -476,15 +274,11 @@ class Attention(nn.Module):
         k = self.k_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
         v = self.v_proj(x).reshape(shape).swapaxes(1, 2)
         q, k, v, mask = cache.update(q, k, v)  # k, v: [B, n_kv_heads, seen, head_dim]
-        scale = self.head_dim**-0.5
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)  # like q
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(len(x), -1))
 
 
-@partial(mx.compile, shapeless=True)
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up as one kernel."""
-    return nn.silu(gate) * up
+swiglu = mx.compile(lambda gate, up: nn.silu(gate) * up, shapeless=True)  # as one kernel
 
 
 class SwiGLU(nn.Module):
@@ -525,10 +319,11 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.mlp = SwiGLU(args, bias)
 
-    def __call__(self, x: mx.array, cache: KVCache, ffn_weight: mx.array) -> mx.array:
-        """Rows [B * T, D] -> rows; `ffn_weight` [D] stands in for ffn_norm's, see Decoder."""
+    def __call__(self, x: mx.array, cache: KVCache, scale: mx.array | None = None) -> mx.array:
+        """Rows [B * T, D] -> rows; `scale` [1, D], the decoder's, is 1 + ada(t)."""
         x = x + self.attention(self.attn_norm(x), cache)
-        return x + self.mlp(mx.fast.rms_norm(x, ffn_weight, self.ffn_norm.eps))
+        h = self.ffn_norm(x) if scale is None else self.ffn_norm(x) * scale
+        return x + self.mlp(h)
 
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
@@ -544,10 +339,7 @@ class EncoderState:
 
 
 class Encoder(nn.Module):
-    """Whisper's encoder made causal: two convolutions that look back, then layers.
-
-    The layers have a sliding window, rotary positions, RMSNorm and SwiGLU, where Whisper has full
-    attention, fixed positions, LayerNorm and a GELU network."""
+    """Whisper's encoder made causal: two convolutions that look back, then layers with a window."""
 
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
         super().__init__()
@@ -563,7 +355,7 @@ class Encoder(nn.Module):
         x = nn.gelu(self.conv2(state.conv2(x)))  # [B, F / 2, D]
         x = x.reshape(-1, x.shape[2])
         for layer, cache in zip(self.layers, state.caches):
-            x = layer(x, cache, layer.ffn_norm.weight)
+            x = layer(x, cache)
         return self.norm(x)
 
 
@@ -582,42 +374,18 @@ class Adapter(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model whose input at each position is a token's embedding plus a sound's."""
+    """The parts of the language model; Voxtral.__call__ puts them to work."""
 
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, args.dim)  # tied: also makes the logits
+        self.embed_tokens = nn.Embedding(vocab_size, args.dim)
         self.layers = [Block(args, ada_dim=ada_dim) for _ in range(args.n_layers)]
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
-    def ffn_weights(self, delay: int) -> list[mx.array]:
-        """The weights [D] of each layer's ffn_norm at a delay of so many steps.
-
-        A layer feeds h = ffn_norm(x) * (1 + ada(t)) to its mlp. t embeds the delay as the
-        transformer of 2017 embeds positions: cosines and sines of geometrically spaced
-        frequencies. The factor is the same at all steps of a stream, and ffn_norm itself ends with
-        a product by its weight, so the two are multiplied once, here.
-        """
-        half = self.norm.weight.shape[0] // 2
-        angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
-        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(self.norm.weight.dtype)
-        return [layer.ffn_norm.weight * (1 + layer.ada_norm(t)[0]) for layer in self.layers]
-
-    def __call__(self, x: mx.array, ffn_weights: list, caches: list[KVCache]) -> mx.array:
-        """Inputs as rows [B * T, D] -> outputs as rows; embed_tokens.as_linear makes the logits."""
-        for layer, weight, cache in zip(self.layers, ffn_weights, caches):
-            x = layer(x, cache, weight)
-        return self.norm(x)
-
 
 def read_args(cls: Any, config: dict) -> Any:
-    """A dataclass of sizes, from the fields of the same names; ValueError for what is none."""
-    for field in fields(cls):
-        value = config[field.name]
-        most = 1000 if field.name == "n_layers" else 1 << 24  # a damaged file may ask for anything
-        if type(value).__name__ not in ("int", field.type) or not 0 < value <= most:
-            raise ValueError(f"{field.name} is {value!r}")
-    return cls(**{field.name: config[field.name] for field in fields(cls)})
+    """A dataclass of sizes, from the entries of the same names."""
+    return cls(**{f.name: (int if f.type == "int" else float)(config[f.name]) for f in fields(cls)})
 
 
 class Voxtral(nn.Module):
@@ -627,68 +395,78 @@ class Voxtral(nn.Module):
         super().__init__()
         whisper = config["multimodal"]["whisper_model_args"]
         audio = whisper["encoder_args"]
+        audio = {"n_kv_heads": audio["n_heads"], **audio}  # params.json may leave it out
         factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames of a step: 4
         self.step_mel_frames = 2 * factor  # mel frames of a step: 8
         self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
-        if self.spectrogram.hop_length * self.step_mel_frames != STEP:
-            raise ValueError(f"a step is not {STEP} samples")
-        # params.json may leave out the encoder's n_kv_heads, which is its n_heads.
-        audio = {"n_kv_heads": audio.get("n_heads"), **audio}
+        assert self.spectrogram.hop_length * self.step_mel_frames == STEP
         self.encoder_args = read_args(TransformerArgs, audio)
         self.decoder_args = read_args(TransformerArgs, config)
-        self.vocab_size = config["vocab_size"]
         self.encoder = Encoder(self.encoder_args, self.spectrogram.num_mel_bins)
         self.adapter = Adapter(self.encoder_args.dim, self.decoder_args.dim, factor)
         self.language_model = Decoder(
-            self.decoder_args, self.vocab_size, config["ada_rms_norm_t_cond_dim"])
+            self.decoder_args, config["vocab_size"], config["ada_rms_norm_t_cond_dim"])
 
-    def most_steps(self, batch: int) -> int:
-        """How many steps of each of B recordings the encoder takes at once."""
-        # A window of attention, 187 steps; two for one recording on a GPU, which is faster there.
-        # More would cost more attention. Recordings in lockstep share the steps, to save memory.
-        windows = 2 if batch == 1 and mx.default_device() == mx.gpu else 1
-        steps = windows * self.encoder_args.sliding_window * 2 // self.step_mel_frames
-        return max(16, steps // batch)  # for fewer, launching costs more than computing
+    def __call__(self, ids: mx.array, sound: mx.array, scales: list, caches: list) -> mx.array:
+        """Token ids [B, T], audio embeddings [B, T, D] -> logits [B, vocabulary] of the next token.
+
+        Each decoder layer has a scale [1, D], for the delay, and a cache of the positions before.
+        """
+        decoder = self.language_model
+        x = decoder.embed_tokens(ids) + sound  # [B, T, D]: this is how the model listens
+        x = x.reshape(-1, x.shape[2])  # rows [B * T, D]
+        for layer, scale, cache in zip(decoder.layers, scales, caches):
+            x = layer(x, cache, scale)
+        last = decoder.norm(x.reshape(*ids.shape, -1)[:, -1])  # [B, D]
+        return decoder.embed_tokens.as_linear(last)  # tied: the embedding makes the logits too
+
+    def scales(self, delay: int) -> list[mx.array]:
+        """1 + ada(t) [1, D] of each decoder layer; t embeds a delay of so many steps in waves."""
+        half = self.decoder_args.dim // 2
+        angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
+        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None]  # [1, D]
+        t = t.astype(self.encoder.conv1.weight.dtype)
+        return [1 + layer.ada_norm(t) for layer in self.language_model.layers]
+
+    def pieces(self, steps: int, batch: int) -> Iterator[tuple[int, int]]:
+        """Begin and end, in steps, of the pieces in which the encoder takes so many steps.
+
+        The largest is two windows of attention on a GPU, one on a CPU, shared by B recordings: more
+        takes more memory and time. The rest goes in powers of two: MLX on CUDA plans each shape.
+        """
+        windows = 2 if mx.default_device() == mx.gpu else 1
+        frames = windows * self.encoder_args.sliding_window // batch
+        most = max(16, 2 * frames // self.step_mel_frames)
+        end = 0
+        while left := steps - end:
+            start = end
+            end += most if left >= most else 1 << left.bit_length() - 1
+            yield start, end
 
     def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
-        """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D].
-
-        Runs in pieces of few sizes, `most_steps` and powers of two: see KVCache. MLX on CUDA stops
-        with "Cache thrashing" after some hundred shapes.
-        """
-        B, F, _ = mel.shape
-        assert F % self.step_mel_frames == 0, f"{F} mel frames are not whole steps"
-        most = self.most_steps(B)
-        embeddings = []
-        while mel.shape[1]:
-            steps = mel.shape[1] // self.step_mel_frames
-            steps = most if steps >= most else 1 << (steps.bit_length() - 1)
-            end = steps * self.step_mel_frames
-            x = self.adapter(self.encoder(mel[:, :end], state))  # [B * steps, D]
-            mx.async_eval(x)  # compute this piece while the next one is submitted
-            embeddings.append(x.reshape(B, steps, -1))
-            mel = mel[:, end:]
-        return mx.concatenate(embeddings, axis=1)
+        """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D]."""
+        assert mel.shape[1] % self.step_mel_frames == 0, f"{mel.shape[1]} mel frames: no steps"
+        x = self.adapter(self.encoder(mel, state))  # rows [B * F / 8, D]
+        mx.async_eval(x)  # compute it while the next piece is submitted
+        return x.reshape(len(mel), -1, x.shape[1])
 
     def encode(self, mel: mx.array) -> mx.array:
         """Log-mel of a whole signal [F, C] -> all its audio embeddings [F // 8, D]."""
-        whole = len(mel) // self.step_mel_frames * self.step_mel_frames
-        if not whole:
-            return mx.zeros((0, self.decoder_args.dim))
-        return self.embed_audio(mel[None, :whole], EncoderState(self.encoder_args))[0]
+        n = self.step_mel_frames
+        state = EncoderState(self.encoder_args)
+        sound = [mx.zeros((0, self.decoder_args.dim), self.encoder.conv1.weight.dtype)]
+        for start, end in self.pieces(len(mel) // n, batch=1):
+            sound.append(self.embed_audio(mel[None, start * n : end * n], state)[0])
+        return mx.concatenate(sound)
 
 
 # ------------------------------------------------------------------------------------------ stream
-# The schedule. Each step of sound makes one token, from the sum of the sound's embedding and that
-# of the last token. This goes on while there is sound: an end-of-sequence token is ignored until
-# the recording is over, and then delay + 11 steps of silence draw out the words still to come.
-#
-# Before the recording the model hears 32 steps of silence: it was trained with these, and Mistral
-# reports fewer errors with them. Its text for these and for the first `delay` steps of the
-# recording is not decoded but given as [STREAMING_PAD], for the text runs that far behind the
-# sound. So the prompt is BOS and 32 + delay pads, which go in with the silence and the first
-# delay + 1 steps of the recording. The decoder reads the prompt in one pass, the prefill, and its
-# last row gives token 0. From there on, each step decodes one token.
+# The schedule. Before the recording the model hears 32 steps of silence, as it did in training, and
+# its text runs `delay` steps behind the sound. Its first tokens are not decoded but given: BOS and
+# 32 + delay times [STREAMING_PAD]. The decoder reads this prompt in one pass, the prefill, together
+# with the silence and the first delay + 1 steps of the recording; the last position gives token 0.
+# From there on, each step decodes one token. An end-of-sequence token is ignored until the
+# recording is over; then delay + 11 steps of silence draw out the words still to come.
 #
 # An example: a clip begins with "seven", said from 0.25 to 0.50 s. The delay is 160 ms, two steps:
 #
@@ -699,23 +477,18 @@ class Voxtral(nn.Module):
 #     text                                                  se  sev  seven
 #
 # [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. Token k comes
-# with step k + delay, so it has heard k + 1 + delay steps, and speaks about the first k + 1 of
-# them: the word that [W] at k opens ended after (k + 1) * 80 ms of sound. Here that is 560 ms, the
-# end of step 6.
+# with step k + delay, and speaks about the first k + 1 steps: the word that [W] at k opens ended
+# after (k + 1) * 80 ms of sound. Here that is 560 ms, the end of step 6.
 
-LONGEST_WORD = 0.4  # seconds: an estimate of what a word takes, where no other word bounds it
+WORD_SECONDS = 0.4  # what a word is taken to last: the model marks only its end
 
 
 @dataclass(frozen=True)
 class Word:
-    """A group of text that one [STREAMING_WORD] opened, and its place in the recording.
-
-    Mostly one word, but the model may open several at once, and in scripts without spaces a group
-    is whatever it opens at once. Joined, the texts are the transcript.
-    """
+    """What one [STREAMING_WORD] opened, mostly one word; joined, the texts are the transcript."""
 
     text: str  # with its leading space; the first word has none
-    start: float  # seconds: the end of the word before, but at most LONGEST_WORD before `end`
+    start: float  # seconds: the end of the word before, but at most WORD_SECONDS before `end`
     end: float  # seconds: of the step in which the model marks it, or of the recording
 
 
@@ -726,30 +499,31 @@ class Transcript:
         self.text = ""
         self.tokens: list[int] = []  # generated, one per step
         self.words: list[Word] = []
-        self.time = 0.0  # up to which second of the recording all words are written
+        self.until = 0.0  # all words that ended by this second of the recording are written
         self._tokenizer = tokenizer
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self._word_end: float | None = None  # of a word whose text has not begun, in seconds
 
-    def append(self, token: int, time: float) -> None:
-        """Take the next token, which speaks of the recording up to `time` seconds."""
+    def append(self, token: int, until: float) -> None:
+        """Take the next token, which speaks of the recording up to `until` seconds."""
         self.tokens.append(token)
-        self.time = time
+        self.until = until
         if token == self._word_id:
-            self._word_end = time
+            self._word_end = until
         else:  # special tokens have no bytes; a character may come in several tokens
             self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
 
-    def extend(self, other: Transcript, seconds: float) -> None:
-        """Take the transcript of a piece of the recording that begins at `seconds`."""
+    def extend(self, other: Transcript, start: float, end: float) -> None:
+        """Take the transcript of a piece of the recording from `start` to `end` seconds."""
         for k, token in enumerate(other.tokens):
-            self.append(token, seconds + min((k + 1) * STEP / SAMPLE_RATE, other.time))
+            self.append(token, min(start + (k + 1) * STEP / SAMPLE_RATE, end))
         self.close()
 
     def close(self) -> None:
         """No more tokens: half a character becomes U+FFFD."""
         self._write(self._utf8.decode(b"", final=True))
+        self.until = math.inf
 
     def _write(self, text: str) -> None:
         """Append text to the word that was opened, else to the last word."""
@@ -757,39 +531,12 @@ class Transcript:
         if not text:
             return
         if self._word_end is not None or not self.words:
-            end = self.time if self._word_end is None else self._word_end
-            start = max(self.words[-1].end if self.words else 0.0, end - LONGEST_WORD)
+            end = self.until if self._word_end is None else self._word_end
+            start = max(self.words[-1].end if self.words else 0.0, end - WORD_SECONDS)
             self.words.append(Word("", round(start, 3), round(end, 3)))
             self._word_end = None
         self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
         self.text += text
-
-
-class Generator:
-    """The decoder at work on B recordings in lockstep: prefill, then one token per step."""
-
-    def __init__(self, model: Voxtral, prompt: list[int], delay: int, batch: int = 1,
-                 temperature: float = 0.0):
-        self._decoder = model.language_model
-        self._temperature = temperature
-        self._ffn_weights = self._decoder.ffn_weights(delay)
-        self._caches = [KVCache(model.decoder_args, batch) for _ in self._decoder.layers]
-        # The ids that go in next: at first the whole prompt, then the last token.
-        self.ids = mx.array([prompt] * batch)  # [B, T]
-        # Evaluate here: a lazy array belongs to the thread that made it.
-        mx.eval(self._ffn_weights, self.ids)
-
-    def __call__(self, embeddings: mx.array) -> mx.array:
-        """Audio embeddings [B, T, D] of the next ids -> tokens [B, 1], still being computed."""
-        B, T, D = embeddings.shape
-        x = self._decoder.embed_tokens(self.ids) + embeddings
-        x = self._decoder(x.reshape(-1, D), self._ffn_weights, self._caches)  # [B * T, D]
-        logits = self._decoder.embed_tokens.as_linear(x.reshape(B, T, D)[:, -1])  # [B, vocabulary]
-        token = (mx.random.categorical(logits / self._temperature) if self._temperature > 0
-                 else mx.argmax(logits, axis=-1))
-        self.ids = token[:, None]
-        mx.async_eval(self.ids)
-        return self.ids
 
 
 class Stream:
@@ -798,38 +545,44 @@ class Stream:
     `delay_ms`, one of DELAYS_MS, is how long the model listens on before it commits itself
     (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words` and
     `tokens` grow with the recording, and nothing else does. One call at a time, from any thread.
-    Raises VoxtralError for other delays, and for samples that as_samples refuses. `lengths` is for
-    transcribe: how many samples of each of its padded rows are sound.
+    Raises VoxtralError for other delays and for what as_samples refuses.
     """
 
     def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
                  temperature: float = 0.0, lengths: Iterable[float] = (math.inf,)):
         if delay_ms is not None and delay_ms not in DELAYS_MS:
             raise VoxtralError(f"delay_ms is {delay_ms}, not a multiple of 80 up to 1200, or 2400")
-        self.lengths = list(lengths)  # in samples fed; infinite while a recording goes on
+        self.lengths = list(lengths)  # samples that are sound; infinite while a recording goes on
         self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
         self.ended = [length == 0 for length in self.lengths]  # no sound has no words
         audio = tokenizer.audio
         self._delay = audio.get_num_delay_tokens(delay_ms)  # steps
-        self._right_pad = audio.n_right_pad_tokens(delay_ms)  # steps of silence: delay + 1 + 10
+        self._left_pad = audio.n_left_pad_tokens  # steps of silence: 32
+        self._right_pad = audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10
         self._eos_id = tokenizer.eos_id
+        self._temperature = temperature
         self._model = model
-        self._encoder_state = EncoderState(model.encoder_args, len(self.lengths))
-        # The eight spectrogram windows of a step, taken together, are a moving window again. In
-        # front stand half a window, to centre the first one, and the 32 steps of silence.
-        window = model.spectrogram.window_size
-        silence = audio.n_left_pad_tokens * STEP
-        self._windows = Carry(STEP - model.spectrogram.hop_length + window, STEP,
-                              zeros=window // 2 + silence)
-        pad_id = tokenizer.get_special_token("[STREAMING_PAD]")
-        prompt = [tokenizer.bos_id] + [pad_id] * (audio.n_left_pad_tokens + self._delay)
-        self._generator = Generator(model, prompt, self._delay, len(self.lengths), temperature)
-        self._embeddings: mx.array | None = None  # [B, n, D] that wait for their token
-        self._times: deque[float] = deque()  # where steps that wait for their token end, in seconds
+        B = len(self.lengths)
+        # The decoder: the ids that go in next are at first the whole prompt, then the last token.
+        self._scales = model.scales(self._delay)
+        self._caches = [KVCache(model.decoder_args, B) for _ in self._scales]
+        pads = [tokenizer.get_special_token("[STREAMING_PAD]")] * (self._left_pad + self._delay)
+        self._ids = mx.array([[tokenizer.bos_id, *pads]] * B)  # [B, T]
+        # The sound: a step needs the samples of its mel frames, the first of which is centred.
+        mel = model.spectrogram
+        self._overlap = mel.window_size - mel.hop_length
+        self._samples = Carry(STEP + self._overlap, STEP,
+                              zeros=mel.window_size // 2 + self._left_pad * STEP)
+        self._encoder_state = EncoderState(model.encoder_args, B)
+        # What waits for its token: embeddings, and where their steps end, in seconds.
+        self._sound = mx.zeros((B, 0, model.decoder_args.dim), model.encoder.conv1.weight.dtype)
+        self._times: deque[float] = deque()
         # Two clocks: what was fed makes the steps, what was heard gives their times.
         self._fed = 0  # samples, with the silence that flush puts in
         self._heard = 0  # samples of the recording
         self._flushed = 0  # samples of the recording at the last flush
+        # Evaluate here: a lazy array belongs to the thread that made it.
+        mx.eval(self._scales, self._ids, self._sound)
 
     text = property(lambda self: self.transcripts[0].text)
     tokens = property(lambda self: self.transcripts[0].tokens)
@@ -846,68 +599,68 @@ class Stream:
         if self._heard == self._flushed:
             return ""  # nothing was said since
         self._flushed = self._heard
-        steps = -(-self._fed // STEP) + self._right_pad
-        return self._run_silence(steps * STEP - self._fed)
+        steps = math.ceil(self._fed / STEP) + self._right_pad
+        silence = np.zeros((len(self.lengths), steps * STEP - self._fed), np.float32)
+        return self._run(silence, silent=True)
 
     def finish(self) -> str:
         """End the recording and return the rest of its text."""
         before = len(self.text)
         self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends here
         self.flush()
-        # Half a window of silence completes the last window of the spectrogram.
-        self._run_silence(self._model.spectrogram.window_size // 2)
+        half = self._model.spectrogram.window_size // 2  # so far the last mel frame looks ahead
+        self._run(np.zeros((len(self.lengths), half), np.float32), silent=True)
         for transcript in self.transcripts:
             transcript.close()
         self.ended = [True] * len(self.ended)
         return self.text[before:]
 
-    def _run_silence(self, n: int) -> str:
-        return self._run(np.zeros((len(self.lengths), n), np.float32), silence=True)
-
-    def _run(self, samples: np.ndarray, silence: bool = False) -> str:
+    def _run(self, samples: np.ndarray, silent: bool = False) -> str:
         """The one path: samples [B, n] -> mel frames -> audio embeddings -> tokens -> text."""
         before = len(self.text)
         n = samples.shape[1]
         for end in range(STEP - self._fed % STEP, n + 1, STEP):
-            self._times.append((self._heard + (0 if silence else end)) / SAMPLE_RATE)
-        self._heard += 0 if silence else n
+            self._times.append((self._heard + (0 if silent else end)) / SAMPLE_RATE)
+        self._heard += 0 if silent else n
         self._fed += n
-        most = 4 * self._model.most_steps(len(samples)) * STEP
-        pieces = (self._windows(samples[:, start : start + most, None])[..., 0]
-                  for start in range(0, n, most))
-        mels = (self._model.spectrogram.mel_frames(x) for x in pieces if x.shape[1])
-        mel = next(mels, None)
-        while mel is not None:
-            embeddings = self._model.embed_audio(mel, self._encoder_state)
-            mel = next(mels, None)  # numpy makes it while the GPU computes the embeddings
-            self._decode(embeddings)
-        # Evaluate here, as in Generator: the next call may come from another thread.
-        mx.eval(self._embeddings, self._encoder_state.conv1.rest, self._encoder_state.conv2.rest)
+        x = self._samples(mx.array(samples))  # of the steps that are complete
+        sound = [self._sound]
+        for start, end in self._model.pieces(x.shape[1] // STEP, len(x)):
+            piece = x[:, start * STEP : end * STEP + self._overlap]
+            mel = self._model.spectrogram.mel_frames(piece)
+            sound.append(self._model.embed_audio(mel, self._encoder_state))
+        self._sound = mx.concatenate(sound, axis=1)
+        self._decode()
+        # Evaluate here, as in __init__: the next call may come from another thread.
+        state = self._encoder_state
+        mx.eval(self._samples.rest, state.conv1.rest, state.conv2.rest, self._sound)
         return self.text[before:]
 
-    def _decode(self, embeddings: mx.array) -> None:
-        """Take the next audio embeddings [B, n, D] and generate the tokens that they allow."""
-        if self._embeddings is not None:
-            embeddings = mx.concatenate([self._embeddings, embeddings], axis=1)
+    def _decode(self) -> None:
+        """Generate the tokens that the sound [B, n, D] allows: prefill, then one in each step."""
         start = 0
-        end = self._generator.ids.shape[1]  # the prompt needs so many; then each token needs one
-        unread: mx.array | None = None
-        while not all(self.ended) and end <= embeddings.shape[1]:
-            ids = self._generator(embeddings[:, start:end])
-            # Reading a token waits until it is computed. So read the one before while the GPU
-            # computes this one: the decoder takes its own last token without our reading it.
-            if unread is not None:
-                self._append(unread)
-            unread = ids
+        end = self._ids.shape[1]  # the prompt takes so many steps; then each token takes one
+        while not all(self.ended) and end <= self._sound.shape[1]:
+            last = self._ids
+            logits = self._model(last, self._sound[:, start:end], self._scales, self._caches)
+            if self._temperature > 0:
+                token = mx.random.categorical(logits / self._temperature)
+            else:
+                token = mx.argmax(logits, axis=-1)  # [B]
+            self._ids = token[:, None]
+            mx.async_eval(self._ids)
+            # The model takes its last token unread, so read it while the GPU computes the next one.
+            if start:
+                self._append(last)
             start = end
             end += 1
-        if unread is not None:
-            self._append(unread)
-        self._embeddings = embeddings[:, start:]
+        if start:
+            self._append(self._ids)
+        self._sound = self._sound[:, start:]
 
     def _append(self, ids: mx.array) -> None:
         """Append a token of each recording, ids [B, 1]."""
-        time = self._times.popleft()
+        end = self._times.popleft()
         rows: Any = ids.tolist()  # ids[:, 0] would be a new operation, queued behind the next step
         for i, (transcript, length) in enumerate(zip(self.transcripts, self.lengths)):
             (token,) = rows[i]
@@ -917,17 +670,15 @@ class Stream:
             silence_over = (newest - self._right_pad) * STEP >= length
             self.ended[i] |= silence_over or (recording_over and token == self._eos_id)
             if not self.ended[i]:
-                transcript.append(token, min(time, length / SAMPLE_RATE))
+                transcript.append(token, min(end, length / SAMPLE_RATE))
 
 
 def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
                delay_ms: float | None = None, temperature: float = 0.0) -> Any:
     """Transcribe a recording, 16 kHz mono samples [n] -> Transcript, or a list of them -> a list.
 
-    The recordings of a list run in lockstep. Decoding is bound by reading the weights, which they
-    share, so a token for each of them costs little more than one. Shorter recordings are padded
-    with silence, and end where they would end alone. `delay_ms` is 2400 by default. See Stream for
-    the rest.
+    A list runs in lockstep: decoding is bound by reading the weights, which its recordings share.
+    Each ends where it would end alone. `delay_ms` is 2400 by default. See Stream for the rest.
     """
     several = isinstance(audio, (list, tuple))
     recordings = [as_samples(samples) for samples in (audio if several else [audio])]
@@ -943,109 +694,79 @@ def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
 
 
 # ------------------------------------------------------------------------------------- checkpoints
-# The weights are published in four layouts, which differ in the names of modules. The first names
-# are voxmlx's and those of the modules above. What begins with a dot is inside a layer, and a bar
-# separates the names that transformers gives to a norm in the encoder and in the decoder.
+# The weights are published in four layouts, which differ in names: Mistral's original, mlx-audio's,
+# transformers', and voxmlx's, which is called converted here and has the names of our modules.
 
-NAMES = """
-converted original mlx-audio transformers
-encoder.conv1 whisper_encoder.conv_layers.0.conv
-    encoder.conv_layers_0_conv.conv audio_tower.embedder.conv1
-encoder.conv2 whisper_encoder.conv_layers.1.conv
-    encoder.conv_layers_1_conv.conv audio_tower.embedder.conv2
-encoder.layers whisper_encoder.transformer.layers encoder.transformer_layers audio_tower.layers
-encoder.norm   whisper_encoder.transformer.norm   encoder.transformer_norm   audio_tower.norm
-adapter.w_in audio_language_projection.0
-    encoder.audio_language_projection_0 multi_modal_projector.linear_1
-adapter.w_out audio_language_projection.2
-    encoder.audio_language_projection_2 multi_modal_projector.linear_2
-language_model.embed_tokens tok_embeddings decoder.tok_embeddings language_model.model.embed_tokens
-language_model.layers       layers         decoder.layers         language_model.model.layers
-language_model.norm         norm           decoder.norm           language_model.model.norm
-.attn_norm .attention_norm .attention_norm .self_attn_layer_norm|.input_layernorm
-.attention.q_proj .attention.wq .attention.wq .self_attn.q_proj
-.attention.k_proj .attention.wk .attention.wk .self_attn.k_proj
-.attention.v_proj .attention.wv .attention.wv .self_attn.v_proj
-.attention.o_proj .attention.wo .attention.wo .self_attn.o_proj
-.ffn_norm .ffn_norm .ffn_norm .final_layer_norm|.post_attention_layernorm
-.mlp.gate_proj .feed_forward.w1 .feed_forward_w1 .mlp.gate_proj
-.mlp.down_proj .feed_forward.w2 .feed_forward_w2 .mlp.down_proj
-.mlp.up_proj   .feed_forward.w3 .feed_forward_w3 .mlp.up_proj
-.ada_norm.linear_in  .ada_rms_norm_t_cond.0 .ada_rms_norm_t_cond.ada_down .ada_rms_norm.linear1
-.ada_norm.linear_out .ada_rms_norm_t_cond.2 .ada_rms_norm_t_cond.ada_up   .ada_rms_norm.linear2
-"""
-WORDS = NAMES.split()
-CONVERTED = {name: WORDS[i - i % 4] for i, names in enumerate(WORDS) for name in names.split("|")}
-FIELDS = {  # of transformers' config.json -> of params.json
+NAMES = {  # regular expressions, applied in turn: a dot is also the _ that mlx-audio has there
+    "^(mm_streams_embeddings.embedding_module|mm_whisper_embeddings).": "",
+    "^decoder.|^language_model.model.|^(?=layers|norm|tok_embeddings)": "language_model.",
+    "^whisper_encoder.(transformer.)?|^encoder.transformer.|^audio_tower.(embedder.)?": "encoder.",
+    "conv_layers.0.conv(.conv)?": "conv1", "conv_layers.1.conv(.conv)?": "conv2",
+    "^(encoder.)?audio_language_projection.0|^multi_modal_projector.linear_1": "adapter.w_in",
+    "^(encoder.)?audio_language_projection.2|^multi_modal_projector.linear_2": "adapter.w_out",
+    "tok_embeddings": "embed_tokens",
+    "attention_norm|self_attn_layer_norm|input_layernorm": "attn_norm",
+    "final_layer_norm|post_attention_layernorm": "ffn_norm",
+    r"(attention|self_attn)\.w?([qkvo])(_proj)?": r"attention.\2_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "ada_rms_norm(_t_cond.0|_t_cond.ada_down|.linear1)": "ada_norm.linear_in",
+    "ada_rms_norm(_t_cond.2|_t_cond.ada_up|.linear2)": "ada_norm.linear_out"}
+FIELDS = {  # of transformers' config.json, where they differ from params.json
     "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim", "vocab_size": "vocab_size",
-    "intermediate_size": "hidden_dim", "sliding_window": "sliding_window",
+    "num_key_value_heads": "n_kv_heads", "intermediate_size": "hidden_dim",
     "rms_norm_eps": "norm_eps"}
 
 
-def converted_name(name: str) -> str:
-    """A tensor's name in the converted layout; modules that NAMES does not know keep theirs."""
-    name = re.sub(r"^(mm_streams_embeddings\.embedding_module|mm_whisper_embeddings)\.", "", name)
-    split: Any = re.fullmatch(r"((?:.*\.)?(?:transformer_)?layers)?(\.\d+)?(.*?)(\.\w+)?", name)
-    stack, layer, module, kind = split.groups("")
-    return CONVERTED.get(stack, stack) + layer + CONVERTED.get(module, module) + kind
-
-
-def read_config(folder: Path, files: set[str]) -> tuple[str, dict]:
-    """The layout that these files have, and their configuration in the form of params.json."""
-    config = json.loads((folder / "config.json").read_bytes()) if "config.json" in files else {}
-    if "multimodal" in config:
-        return "converted", config
-    if {"params.json", "consolidated.safetensors"} <= files:
-        return "original", json.loads((folder / "params.json").read_bytes())
-    if "encoder_args" in config and "decoder" in config:
-        layout = "mlx-audio"
+def read_config(folder: Path) -> dict:
+    """The configuration of a checkpoint, in the form of params.json."""
+    path = folder / "params.json"
+    config = json.loads((path if path.exists() else folder / "config.json").read_bytes())
+    if "multimodal" in config:  # Mistral's form, which the converted layout keeps
+        return config
+    if "encoder_args" in config:  # mlx-audio's
         text = config["decoder"]
         audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
-    elif config.get("model_type") == "voxtral_realtime":
-        layout = "transformers"
-        text, audio = ({our: part[name] for name, our in FIELDS.items() if name in part}
+        factor = audio["downsample_factor"]
+    elif config["model_type"] == "voxtral_realtime":  # transformers'
+        text, audio = ({FIELDS.get(name, name): value for name, value in part.items()}
                        | {"rope_theta": part["rope_parameters"]["rope_theta"]}
                        for part in (config["text_config"], config["audio_config"]))
         text["ada_rms_norm_t_cond_dim"] = 32  # transformers hard-codes it
         audio["audio_encoding_args"] = asdict(Spectrogram())
-        audio["downsample_factor"] = config["downsample_factor"]
+        factor = config["downsample_factor"]
     else:
-        what = f"a {config.get('model_type')} checkpoint" if config else "not a model folder"
-        raise VoxtralError(f"{what}; needed: Voxtral Mini 4B Realtime and its weights")
-    factor = {"downsample_factor": audio.pop("downsample_factor")}
-    whisper = {"encoder_args": audio, "downsample_args": factor}
-    return layout, {**text, "multimodal": {"whisper_model_args": whisper}}
+        raise ValueError(f"a {config['model_type']} model")
+    whisper = {"encoder_args": audio, "downsample_args": {"downsample_factor": factor}}
+    return {**text, "multimodal": {"whisper_model_args": whisper}}
 
 
-def weight_files(folder: Path, files: set[str], layout: str) -> list[str]:
-    """The files with the weights: one set of them, since mistralai's repository has two."""
-    names = {"consolidated.safetensors" if layout == "original" else "model.safetensors"}
-    if layout != "original" and "model.safetensors.index.json" in files:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-        names = set(index["weight_map"].values())
-    if missing := names - files:
-        raise VoxtralError(f"the weights are incomplete: {min(missing)} is not there")
-    return sorted(names)
-
-
-def read_weights(paths: list[Path], layout: str, model: Voxtral) -> dict[str, mx.array]:
-    """All tensors of a checkpoint under their converted names; lazy, nothing is read yet."""
-    tensors: Any = {}
-    for path in paths:
-        tensors |= mx.load(str(path))
+def read_weights(folder: Path, model: Voxtral) -> dict[str, mx.array]:
+    """All tensors of a checkpoint under their converted names, not yet read."""
+    index = folder / "model.safetensors.index.json"
+    files = list(folder.glob("consolidated.safetensors"))  # mistralai's repository has both
+    if not files and index.exists():
+        shards = json.loads(index.read_bytes())["weight_map"].values()
+        files = [folder / shard for shard in set(shards)]
+    loaded: Any = [mx.load(str(file)) for file in files or folder.glob("model*.safetensors")]
     weights: dict[str, mx.array] = {}
-    for theirs, w in tensors.items():
-        name = converted_name(theirs)
-        if layout in ("original", "transformers") and "conv" in name and w.ndim == 3:
-            w = w.swapaxes(1, 2)  # [out, in, kernel] -> [out, kernel, in]
-        if layout == "transformers" and re.search(r"\.[qk]_proj\.", name):
+    for theirs, w in (tensor for tensors in loaded for tensor in tensors.items()):
+        name = theirs
+        for pattern, ours in NAMES.items():
+            name = re.sub(pattern, ours, name)
+        if w.ndim == 3 and w.shape[2] == 3:  # PyTorch's convolutions: [out, in, kernel]
+            w = w.swapaxes(1, 2)
+        if re.search(r"self_attn\.[qk]_proj", theirs):  # of transformers
             # There rows i and i + head_dim / 2 of a head turn together, here neighbours do.
             args = model.encoder_args if name.startswith("encoder") else model.decoder_args
             halves = w.reshape(-1, 2, args.head_dim // 2, *w.shape[1:])
             w = halves.swapaxes(1, 2).reshape(w.shape)
         if not re.search(r"\b(output|lm_head)\.\w+$", theirs):  # those are tied to the embedding
             weights[name] = w
+    for name, w in weights.items():
+        kind = mx.uint32 if name.replace(".weight", ".scales") in weights else mx.floating
+        if name.endswith(".weight") and not mx.issubdtype(w.dtype, kind):
+            raise ValueError(f"{name} is {w.dtype}: neither floats nor MLX's quantised")
     return weights
 
 
@@ -1053,125 +774,89 @@ def quantisation(path: str, module: Any, weights: dict[str, mx.array]) -> dict |
     """How the weights of a module are quantised, whatever the configuration says; False: not."""
     if f"{path}.scales" not in weights:
         return False
-    packed = weights[f"{path}.weight"]
-    assert packed.dtype == mx.uint32, f"{path}.weight is of type {packed.dtype}"
-    inputs = module.weight.shape[-1]  # packed into words of 32 bits; a group has a scale
-    bits = packed.shape[-1] * 32 // inputs
+    inputs = module.weight.shape[-1]  # packed into words of 32 bits; each group has a scale
+    bits = weights[f"{path}.weight"].shape[-1] * 32 // inputs
     group = inputs // weights[f"{path}.scales"].shape[-1]
-    affine = f"{path}.biases" in weights  # mxfp4, mxfp8 and nvfp4 have none
-    mode = "affine" if affine else f"nvfp{bits}" if group == 16 else f"mxfp{bits}"
+    mode = f"nvfp{bits}" if group == 16 else f"mxfp{bits}"  # these have no biases
+    mode = "affine" if f"{path}.biases" in weights else mode
     return {"group_size": group, "bits": bits, "mode": mode}
 
 
-def prepare_model(folder: Path, dtype: str | mx.Dtype | None) -> tuple[Voxtral, dict]:
-    """The model of a folder with its weights in place, still lazy, and its configuration."""
-    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
-    try:
-        files = set(os.listdir(folder))
-        layout, config = read_config(folder, files)
-        model = Voxtral(config)
-        paths = [folder / name for name in weight_files(folder, files, layout)]
-        weights = read_weights(paths, layout, model)
-        nn.quantize(model, class_predicate=lambda path, part: quantisation(path, part, weights))
-        model.load_weights(list(weights.items()))  # strict: none missing, unknown or misshapen
-        # One type throughout: a norm in float32 would make everything after it float32.
-        model.set_dtype(dtype or model.encoder.conv1.weight.dtype)
-        return model, config
-    except OSError:
-        raise
-    except Exception as error:  # whatever trips over the files, it is they that are wrong
-        why = ", ".join(str(error).split(",\n")[:5])  # names five tensors of possibly hundreds
-        if not isinstance(error, VoxtralError):
-            why = f"damaged, or not Voxtral Mini 4B Realtime ({type(error).__name__}: {why})"
-        raise VoxtralError(f"{folder}: {why}") from error
-
-
-def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID,
-                       dtype: str | mx.Dtype | None = None) -> tuple[Voxtral, Any, dict]:
+def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = None, *,
+                       lazy: bool = False) -> tuple[Voxtral, Any, dict]:
     """Load a checkpoint: a folder in any of the four layouts, or a hub id, which is downloaded.
 
-    `dtype` ("float32", "float16", "bfloat16" or an mx.Dtype) is the type to compute in; default:
-    the weights'. Returns the model, mistral-common's tokenizer, whose `audio` holds the constants
-    of the stream, and the configuration in the form of params.json. Raises OSError, and
-    VoxtralError for what is missing, damaged or does not go together.
+    `dtype` is the type to compute in ("float32", "float16", "bfloat16" or an mx.Dtype; default: the
+    weights'). `lazy` weights are read when they are used. Returns the model, mistral-common's
+    tokenizer and the content of params.json. Raises VoxtralError, or RuntimeError without memory.
     """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     folder = download_weights(str(path_or_id))
-    model, config = prepare_model(folder, dtype)
+    what = "configuration"
     try:
-        tokenizer = Tekkenizer.from_file(folder / "tekken.json")
+        config = read_config(folder)
+        model = Voxtral(config)
+        what = "weights"
+        weights = read_weights(folder, model)
+        nn.quantize(model, class_predicate=lambda path, part: quantisation(path, part, weights))
+        model.load_weights(list(weights.items()))  # strict: none missing, unknown or misshapen
+        what = "tekken.json"
+        tokenizer = Tekkenizer.from_file(folder / what)
         audio: Any = tokenizer.audio
         theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
-        assert audio.is_streaming and theirs == (model.vocab_size, SAMPLE_RATE, STEP), theirs
-    except Exception as error:  # whatever mistral-common trips over, it is the file that is wrong
-        why = f"missing, not this model's, or not for this mistral-common ({error!r})"[:300]
-        raise VoxtralError(f"{folder / 'tekken.json'}: {why}") from error
-    if mx.default_device() == mx.cpu:
+        assert audio.is_streaming and theirs == (config["vocab_size"], SAMPLE_RATE, STEP), theirs
+    except Exception as error:  # whatever trips over the files, it is they that are wrong
+        why = textwrap.shorten(f"{type(error).__name__}: {error}".replace(f"{folder}/", ""), 200)
+        raise VoxtralError(f"{folder}: its {what}: missing, damaged or not those of Voxtral Mini"
+                           f" 4B Realtime ({why})") from error
+    # One type throughout: a norm in float32 would make everything after it float32.
+    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
+    model.set_dtype(dtype or model.encoder.conv1.weight.dtype)
+    for _, module in model.named_modules():
         # The BLAS of MLX's Linux wheel is twice as fast with inputs outermost in memory.
-        for _, module in model.named_modules():
-            if type(module) is nn.Linear:
-                module.weight = mx.contiguous(module.weight.T).T
-    mx.eval(model.parameters())  # reads all files, once
+        if type(module) is nn.Linear and mx.default_device() == mx.cpu:
+            module.weight = mx.contiguous(module.weight.T).T
+    if not lazy:
+        mx.eval(model.parameters())  # reads all files, once
     return model, tokenizer, config
 
 
-HUB_ERRORS = {
-    "HFValidationError": "no such folder, and no name for the hub either (OWNER/NAME)",
-    "RepositoryNotFoundError": "no such folder, nor on the hub (if private: hf auth login)",
-    "GatedRepoError": "accept its owner's terms on huggingface.co first, then: hf auth login"}
-
-
 def download_weights(model_id: str) -> Path:
-    """A local folder; or a hub repository's in the cache, with one set of weights downloaded.
-
-    What was downloaded before is used when the hub cannot be reached. Raises VoxtralError.
-    """
+    """A folder as it is, or that of a hub repository in the cache. Raises VoxtralError."""
     folder = Path(model_id).expanduser()
     if folder.exists():
         return folder
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import snapshot_download
 
-    files = set[str]()
-    try:
-        files = {file.rfilename for file in HfApi().model_info(model_id).siblings or []}
+    try:  # without a network, snapshot_download takes what it has downloaded before
         folder = Path(snapshot_download(model_id, allow_patterns="*.json"))
-        wanted = weight_files(folder, files, read_config(folder, files)[0])
-        return Path(snapshot_download(model_id, allow_patterns=[*wanted, "*.json"]))
-    except VoxtralError as error:
-        raise VoxtralError(f"{model_id}: {error}") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise VoxtralError(f"{model_id}: its configuration is damaged") from error
-    except Exception as error:  # no such repository, no network, no space: dozens of classes
-        name = type(error).__name__
-        why = HUB_ERRORS.get(name, f"could not be downloaded ({name}: {error})"[:90])
-        if not files and name not in HUB_ERRORS:  # the hub did not answer
-            if isinstance(cached := try_to_load_from_cache(model_id, "tekken.json"), str):
-                return Path(cached).parent
-            why = f"no such folder, not downloaded yet, and no answer from the hub ({name})"
-        raise VoxtralError(f"{model_id}: {why}") from error
+        Voxtral(read_config(folder))  # another model is refused before gigabytes are fetched
+        for weights in ("consolidated.safetensors", "model*.safetensors"):  # mistralai's has both
+            folder = Path(snapshot_download(model_id, allow_patterns=["*.json", weights]))
+            if any(folder.glob(weights)):
+                break
+        return folder
+    except Exception as error:  # no such repository, another model, no network, no space, ...
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise VoxtralError(f"{model_id}: no such folder, and no Voxtral Mini 4B Realtime could be"
+                           f" downloaded ({why})") from error
 
 
 def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = None,
-            group_size: int = 64, dtype: str | mx.Dtype | None = None) -> int:
+            group_size: int = 64, dtype: Any = None) -> int:
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
-    A quantised one keeps its quantisation, and VoxtralError is raised to give it another. Returns
-    the size of the weights in bytes. Raises VoxtralError also unless `out_dir` is new or empty, and
-    OSError; nothing appears there before all of it is written.
+    Returns the bytes of its weights. Raises OSError, and VoxtralError if `out_dir` is neither new
+    nor empty or weights are quantised already. config.json comes last: without it none is loaded.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory as split
-
-    folder = download_weights(str(path_or_id))
-    out = Path(out_dir).expanduser().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = Path(out_dir).expanduser()
+    if out.is_file() or any(out.glob("*")):
         raise VoxtralError(f"{out}: exists and is not an empty folder")
-    model, config = prepare_model(folder, dtype)
+    model, _, config = load_voxtral_model(path_or_id, dtype, lazy=True)
     if bits and any(hasattr(module, "bits") for module in model.modules()):
-        raise VoxtralError(f"{folder}: is quantised already")
-    if bits:
-        # Each Linear, and the embedding, which is the output layer too: decoding is bound by
-        # reading them. ada_norm, used once per stream, could stay, but voxmlx wants it quantised.
+        raise VoxtralError(f"{path_or_id}: is quantised already")
+    if bits:  # each Linear and the embedding: decoding is bound by reading them
         nn.quantize(model, group_size, bits, class_predicate=lambda _, part:
                     hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0)
     config = {key: value for key, value in config.items() if not key.startswith("quantization")}
@@ -1181,466 +866,331 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
         most = max(settings.values(), key=list(settings.values()).count)
         config["quantization"] = most | {path: s for path, s in settings.items() if s != most}
     weights: Any = dict(tree_flatten(model.parameters()))
-    del model  # so that each tensor can be read, written and forgotten
-    shards = split(weights, get_storage_size=lambda w: w.nbytes, max_shard_size="4GB",
-                   filename_pattern="model{suffix}.safetensors")
-    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, ignore_cleanup_errors=True) as scratch:
-        new = Path(scratch, "model")
-        new.mkdir()
-        for file, names in shards.filename_to_tensors.items():
-            part = {name: weights.pop(name) for name in names}
-            mx.save_safetensors(str(new / file), part, {"format": "mlx"})
-            del part  # room for the next
-        for file, content in (("config.json", config), ("model.safetensors.index.json", index)):
-            (new / file).write_text(json.dumps(content, indent=1, sort_keys=True))
-        (new / "tekken.json").write_bytes((folder / "tekken.json").read_bytes())
-        os.replace(new, out)  # all or nothing
-    return shards.metadata["total_size"]
+    out.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(out / "model.safetensors"), weights, {"format": "mlx"})
+    shutil.copy(download_weights(str(path_or_id)) / "tekken.json", out)
+    (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+    return sum(w.nbytes for w in weights.values())
+
+
+# ------------------------------------------------------------------------------------------- audio
+
+FFMPEG = ["ffmpeg", "-nostdin", "-v", "error"]
+# Time stamps jump where files were joined, so count samples; fill up sound that begins later than
+# its picture; average channels.
+FILTER = "asetpts=STARTPTS+N/SR/TB,aresample=16000:async=1:first_pts=0:rematrix_maxval=1"
+TO_16K = ["-af", FILTER, "-ac", "1"]
+PCM_16K = b"WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0"  # a WAV of 16-bit mono samples
+FILE = re.compile(rb"(?s)RIFF|RF64|FORM|caff|\.snd|OggS|fLaC|ID3|\xff[\xe2-\xfb][\x10-\xef]|"
+                  rb".{4}ftyp|\x1aE\xdf\xa3|[\t\n\r -~]{12}")  # what begins a file, or a text
+
+
+def load_audio(path: str | Path) -> np.ndarray:
+    """Read the sound of a file as float32 mono samples [n] at 16 kHz, within about -1..1.
+
+    ffmpeg decodes the default track of anything; where it is not installed, libsndfile reads wav,
+    flac, ogg, mp3 and more. Warns of what ffmpeg complains about. Raises VoxtralError for what is
+    no file or holds no sound. Safe in threads.
+    """
+    if not os.path.isfile(path):
+        raise VoxtralError(f"{path}: no such file; a pipe is read by: python voxtral.py - < {path}")
+    if shutil.which("ffmpeg"):
+        command = [*FFMPEG, "-i", f"file:{path}", *TO_16K, "-f", "f32le", "-"]
+        done = subprocess.run(command, capture_output=True, check=False)
+        samples = np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4).copy()
+        says = done.stderr.decode(errors="replace").replace(f"file:{path}: ", "").partition("\n")[0]
+        if len(samples) and says:
+            warnings.warn(f"{path}: {says}", stacklevel=2)
+    else:
+        import soundfile  # type: ignore[import-untyped]
+        from mistral_common.tokens.tokenizers.audio import Audio
+
+        try:
+            soundfile.info(path)  # refuses a film before all of it is read
+            audio = Audio.from_bytes(Path(path).read_bytes(), strict=False)
+            audio.resample(SAMPLE_RATE)
+        except Exception as error:  # of two libraries, for whatever is wrong with the file
+            raise VoxtralError(f"{path}: {error}; ffmpeg, not installed, may read it") from error
+        samples, says = audio.audio_array, ""
+    if not len(samples):
+        raise VoxtralError(f"{path}: {says or 'holds no samples'}")
+    return as_samples(samples)
+
+
+def received(stopped: threading.Event) -> Iterator[np.ndarray]:
+    """Samples from standard input, which a thread receives until it ends or a signal stops it."""
+    if sys.stdin is None or os.isatty(0):
+        raise VoxtralError("closed, or a terminal: pipe sound into it")
+    head = b""
+    while (len(head) < 120 or len(head) % 2) and (piece := os.read(0, 1 << 16)):
+        head += piece
+    line: Any = queue.Queue(1000)  # of pieces; the writer waits when it is full
+    pieces = iter(line.get, b"")
+    sink = line.put
+    if head[8:36] == PCM_16K:
+        head = head[head.find(b"data") + 8 :]
+    elif FILE.match(head):
+        if not shutil.which("ffmpeg"):
+            raise VoxtralError("not raw samples, and ffmpeg is not installed")
+        # A small probe, or ffmpeg waits; a session of its own, or Ctrl-C ends ffmpeg first.
+        child: Any = subprocess.Popen(
+            [*FFMPEG, "-probesize", "32", "-i", "pipe:0", *TO_16K, "-f", "s16le", "-"], bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        pieces = iter(partial(child.stdout.read, 1 << 16), b"")
+        sink = lambda piece: child.stdin.write(piece) if piece else child.stdin.close()
+
+    def receive() -> None:
+        with contextlib.suppress(OSError):  # ffmpeg has gone, and has said why
+            sink(head)
+            while not stopped.is_set():
+                if os.name == "nt" or select.select([0], [], [], 0.1)[0]:
+                    if not (piece := os.read(0, 1 << 16)):
+                        break
+                    sink(piece + os.read(0, len(piece) % 2))  # the other half of a sample
+            sink(b"")
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one leaves at once
+        stopped.set()
+
+    signal.signal(signal.SIGINT, stop)
+    threading.Thread(target=receive, daemon=True).start()
+    return (np.frombuffer(piece, "<i2", len(piece) // 2) for piece in pieces)
 
 
 # --------------------------------------------------------------------------------------- subtitles
 
-SHORTEST = 5 / 6  # seconds that a cue stays on screen, and the pause that ends one
-WIDE = "\u2e80-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U0001f000-\U0003ffff"  # two columns
+PAUSE = 5 / 6  # seconds: a longer one ends a cue, and a cue stays so long if the next one allows
+SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)」』]*\s*$")
+# A character that is two columns wide, with the punctuation behind it: a line may end there.
+WIDE = "([\u2e80-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U0001f000-\U0003ffff][^\\w\\s]*)"
 
 
-def wrap(text: str, width: int = 42) -> list[str]:
-    """Break text into lines of so many columns: at spaces, and around wide characters."""
-    lines = [""]
-    # Pieces that stay whole: a wide character with the punctuation behind it, a narrow word.
-    for piece in re.findall(rf"\s*(?:[{WIDE}][^\w\s]{{,9}}|[^\s{WIDE}]{{1,{width}}})", text):
-        line = lines[-1] + re.sub(r"\s+", " ", piece)  # an empty line would end the cue
-        if lines[-1] and len(line) + len(re.findall(f"[{WIDE}]", line)) > width:
-            lines.append("")
-            line = piece
-        lines[-1] = line.strip()
-    return lines
+def wrap(text: str) -> list[str]:
+    """Lines of at most 42 columns. To textwrap, a wide character is one with a space behind it."""
+    text = re.sub(WIDE, r"\1 ", " ".join(text.split()))
+    return [re.sub(f"{WIDE} ", r"\1", line) for line in textwrap.wrap(text, 42)]
 
 
-class Subtitles:
-    """Words to cues of SubRip ("srt") or WebVTT ("vtt"), each as soon as it is complete.
+def subtitles(transcripts: Iterable[Transcript], kind: str) -> Iterator[str]:
+    """A transcript, again and again as it grows -> cues of SubRip ("srt") or WebVTT ("vtt").
 
     A cue ends at a pause, after a sentence, and within 7 s and two lines of 42 columns.
     """
-
-    def __init__(self, kind: str):
-        self.srt = kind == "srt"
-        self.header = "" if self.srt else "WEBVTT\n\n"
-        self.count = 0
-        self.first = 0  # word of the open cue
-
-    def update(self, words: list[Word], time: float = math.inf) -> str:
-        """The cues that are complete, now that all words up to `time` seconds are known."""
-        out = self.header
-        self.header = ""
-        cue: list[Word] = []
-        for word in words[self.first :]:
+    yield "" if kind == "srt" else "WEBVTT\n\n"
+    count = 0
+    first = 0  # word of the next cue
+    for transcript in transcripts:
+        to_come = Word("", transcript.until - WORD_SECONDS, transcript.until)  # then, or later
+        for i, word in enumerate([*transcript.words[first + 1 :], to_come], first + 1):
+            cue = transcript.words[first:i]
             text = "".join(other.text for other in cue)
-            sentence = re.search(r"[.!?…。！？][\"'”’»)」』]*\s*$", text)
-            if cue and (sentence or word.start - cue[-1].end > SHORTEST
-                        or word.end - cue[0].start > 7 or len(wrap(text + word.text)) > 2):
-                out += self.close(cue, word.start)
-                cue = []
-            cue.append(word)
-        # A word still to come ends after `time` and begins at most LONGEST_WORD earlier.
-        done = cue and time > cue[-1].end + SHORTEST + LONGEST_WORD
-        return out + self.close(cue, math.inf) if done else out
-
-    def close(self, cue: list[Word], limit: float) -> str:
-        """The text of a cue, which must be off the screen at `limit` seconds."""
-        self.first += len(cue)
-        lines = list(filter(None, wrap("".join(word.text for word in cue))))
-        lines = lines if self.srt else [html.escape(line, quote=False) for line in lines]
-        start = cue[0].start
-        end = max(cue[-1].end, min(start + SHORTEST, limit))
-        out = ""
-        for i in range(0, len(lines), 2):  # one group alone may be too long for a cue
-            self.count += 1
-            times = [self.clock(start + (end - start) * min(1, j / len(lines))) for j in (i, i + 2)]
-            text = " --> ".join(times) + "\n" + "\n".join(lines[i : i + 2]) + "\n\n"
-            out += f"{self.count}\n{text}" if self.srt else text
-        return out
-
-    def clock(self, seconds: float) -> str:
-        minutes, ms = divmod(round(seconds * 1000), 60_000)
-        dot = "," if self.srt else "."
-        return f"{minutes // 60:02}:{minutes % 60:02}:{ms // 1000:02}{dot}{ms % 1000:03}"
+            full = word.text and (SENTENCE.search(text) or word.end > cue[0].start + 7
+                                  or len(wrap(text + word.text)) > 2)
+            if not cue or not (full or word.start > cue[-1].end + PAUSE):
+                continue
+            first = i
+            start = cue[0].start
+            length = max(cue[-1].end, min(start + PAUSE, word.start)) - start
+            lines = wrap(text)
+            for j in range(0, len(lines), 2):  # several cues, if what is taken for a word is long
+                count += 1
+                times = (start + length * min(1, k / len(lines)) for k in (j, j + 2))
+                # As a date, 1.5 s is 1970-01-01T00:00:01.500.
+                head = " --> ".join(str(np.datetime64(round(1000 * t), "ms"))[11:] for t in times)
+                body = "\n".join(lines[j : j + 2])
+                yield (f"{count}\n{head.replace('.', ',')}\n{body}\n\n" if kind == "srt" else
+                       f"{head}\n{html.escape(body, quote=False)}\n\n")
 
 
 # ------------------------------------------------------------------------------------ command line
 
-NOT_PCM = re.compile(  # how mp3, aac, mp4, Matroska, AIFF, CAF, AU, Ogg, FLAC, text, ... begin
-    rb"ID3|\xff[\xe2-\xfb][\x10-\xef]|.{4}ftyp|\x1aE\xdf\xa3|FORM|RIF|caff|\.snd|OggS|fLaC|"
-    rb"\x30\x26\xb2\x75|\x89PNG|\xff\xd8\xff|PK\x03\x04|\x1f\x8b|[\t\n\r -~]{12}", re.DOTALL)
-PCM_HEADER = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 0, b"WAVEfmt ", 16,
-                         1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16, b"data", 0xFFFFFFFF)
-FAILURES = (OSError, VoxtralError, RuntimeError, ValueError, MemoryError)  # of one recording
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def complain(error: Any, name: str = "") -> int:
     """Say in one line what is wrong, and with what; the result is the exit code for it."""
     why = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    named = not name or why.startswith(f"{name}: ")
-    note("voxtral.py: " + " ".join((why if named else f"{name}: {why}").split()))
+    why = " ".join((why if name in why else f"{name}: {why}").split())
+    tqdm.write(f"voxtral.py: {why}", file=sys.stderr)  # above a progress bar
     return 1
 
 
-def on_interrupt(handler: Any) -> None:
-    """Have Ctrl-C and SIGTERM call `handler`."""
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+class CommandLine:
+    """What a command asks for: each recording is loaded, transcribed and written."""
 
-
-class Writer:
-    """A recording of the command line: where its transcript goes, and what is wrong with it."""
-
-    def __init__(self, name: str, args: argparse.Namespace):
-        self.name = name
+    def __init__(self, args: argparse.Namespace):
+        if not any(name == "-" or os.path.exists(name) for name in args.audio):
+            raise VoxtralError("no such file: " + ", ".join(args.audio))
+        os.makedirs(args.output_dir or ".", exist_ok=True)
         self.args = args
-        self.delay_ms = args.delay or (480 if name == "-" else max(DELAYS_MS))
-        kind = "txt" if args.format == "text" else args.format
-        stem = "stdin" if name == "-" else Path(name).stem
-        self.path = Path(args.output_dir or "", f"{stem}.{kind}")
-        self.size = os.path.getsize(name) if os.path.exists(name) else 0  # bytes
-        self.out: Any = sys.stdout
-        self.subtitles = Subtitles(args.format)
-        self.seconds = 0.0  # of sound
-        self.loudest = 0.0
-        self.problems: list[Any] = []
-        # Where text and progress would share the line of a terminal, the text is the progress.
-        shared = args.format == "text" and not args.output_dir and sys.stdout.isatty()
-        self.erase = "\r\x1b[K" if sys.stderr.isatty() and not args.quiet and not shared else ""
+        self.code = 0  # to exit with
+        self.stopped = threading.Event()
+        # Where text goes to the terminal, it is the progress. None: no bar in a log.
+        self.no_bar = args.quiet or (sys.stdout.isatty() and not args.output_dir) or None
+        self.model, self.tokenizer, _ = load_voxtral_model(args.model, args.dtype)
 
-    def load(self) -> np.ndarray:
-        """The samples of the file; what load_audio warns of is a problem."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            samples = load_audio(self.name)
-        self.problems += [w.message for w in caught if w.category is UserWarning]
-        return samples
-
-    def hear(self, samples: np.ndarray) -> float:
-        """Count samples that were heard; returns the second at which they begin."""
-        begin = self.seconds
-        self.seconds += len(samples) / SAMPLE_RATE
-        self.loudest = max(self.loudest, np.abs(samples).max(initial=0))
-        return begin
+    def run(self) -> int:
+        """Transcribe all recordings; returns the exit code."""
+        if self.args.batch > 1:
+            self.run_batches([name for name in self.args.audio if name != "-"])
+        for name in self.args.audio:
+            if name == "-" or self.args.batch == 1:
+                with self.failures(name):
+                    self.write(name, self.follow(name))
+            if self.stopped.is_set():
+                return 130
+        return self.code
 
     @contextlib.contextmanager
-    def failures(self) -> Iterator[None]:
-        """What fails inside is a problem of this recording and does not stop the others."""
+    def failures(self, name: str) -> Iterator[None]:
+        """What fails inside is told in one line, and does not stop the other recordings."""
         try:
             yield
         except BrokenPipeError:
             raise
-        except FAILURES as error:
-            self.problems.append(error)
+        except OSError as error:  # of writing: reading raises VoxtralError
+            self.code = complain(error, str(self.args.paths[name] or "standard output"))
+        except (VoxtralError, RuntimeError, ValueError, MemoryError) as error:
+            self.code = complain(error, "standard input" if name == "-" else name)
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Open the output; a file of --output-dir appears only when it is complete."""
-        if not self.args.output_dir:
-            yield
-            return
-        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".") as scratch:
-            with open(Path(scratch, "new"), "w", encoding="utf-8") as self.out:
-                yield
-            os.replace(self.out.name, self.path)
+    def follow(self, name: str) -> Iterator[tuple[str, Transcript, float]]:
+        """Transcribe a recording: again and again new text, the transcript and its seconds."""
+        if name == "-":
+            pieces: Any = received(self.stopped)
+        else:
+            samples = load_audio(name)
+            pieces = tqdm(np.split(samples, range(64 * STEP, len(samples), 64 * STEP)), name,
+                          unit="s", unit_scale=64 * STEP / SAMPLE_RATE, disable=self.no_bar)
+        stream = Stream(self.model, self.tokenizer, delay_ms=self.args.delay,
+                        temperature=self.args.temperature)
+        seconds = 0.0
+        for piece in pieces:
+            seconds += len(piece) / SAMPLE_RATE
+            yield stream.feed(piece), stream.transcripts[0], seconds
+        if not seconds:
+            raise KeyboardInterrupt if self.stopped.is_set() else VoxtralError("no sound came")
+        yield stream.finish() + "\n", stream.transcripts[0], seconds
 
-    def write(self, text: str, transcript: Transcript, time: float = math.inf,
-              progress: str = "") -> None:
-        """Write new text, or the cues that are complete; then show progress."""
-        if self.args.format in ("srt", "vtt"):
-            text = self.subtitles.update(transcript.words, time)
-        print(self.erase, end="", file=sys.stderr, flush=True)
-        print("" if self.args.format == "json" else text, end="", file=self.out, flush=True)
-        print(progress if self.erase else "", end="", file=sys.stderr, flush=True)
-
-    def end(self, text: str, transcript: Transcript) -> None:
-        """Write the last text, or the JSON record."""
-        self.write(text + "\n", transcript)
+    def write(self, name: str, updates: Iterable[tuple[str, Transcript, float]]) -> None:
+        """Write a transcript as it grows; a file of --output-dir appears when it is complete."""
+        texts: Iterable[str] = (text for text, _, _ in updates)
         if self.args.format == "json":
-            record = {"file": self.name, "model": self.args.model, "duration": self.seconds,
-                      "delay_ms": self.delay_ms, "text": transcript.text,
-                      "tokens": transcript.tokens,
+            *_, (_, transcript, seconds) = updates
+            record = {"file": name, "model": self.args.model, "delay_ms": self.args.delay,
+                      "duration": seconds, "text": transcript.text, "tokens": transcript.tokens,
                       "words": [asdict(word) for word in transcript.words]}
-            print(json.dumps(record, ensure_ascii=False), file=self.out, flush=True)
+            texts = [json.dumps(record, ensure_ascii=False) + "\n"]
+        elif self.args.format != "text":
+            texts = subtitles((transcript for _, transcript, _ in updates), self.args.format)
+        if path := self.args.paths[name]:
+            part = path.with_name(f".{path.name}.part")
+            part.write_text("".join(texts), "utf-8", "backslashreplace")
+            part.replace(path)
+        else:
+            for text in texts:
+                print(text, end="", flush=True)
 
-    def complain(self) -> int:
-        """Say what was wrong; returns the exit code."""
-        name = "standard input" if self.name == "-" else self.name
-        if self.seconds and self.loudest < 1e-4 and not self.problems:
-            note(f"voxtral.py: {name}: nothing is heard: silence, or channels that cancel out")
-        return complain(self.problems[0], name) if self.problems else 0  # the others follow from it
-
-
-class StandardInput:
-    """Standard input, which a thread receives as a WAV stream while the model works."""
-
-    def __init__(self, problems: list[Any], stopped: threading.Event):
-        if sys.stdin is None or os.isatty(0):
-            raise VoxtralError("closed, or a terminal: pipe sound into it")
-        # One thread appends and the other takes from the front; both are atomic and need no lock.
-        self.data = bytearray()
-        self.taken = 0  # bytes
-        self.ended = False
-        self.stopped = stopped
-        self.problems = problems  # takes what is wrong
-        on_interrupt(self.stop)
-
-    def stop(self, *_: Any) -> None:
-        """Handle the first Ctrl-C or SIGTERM; the next one leaves at once."""
-        self.ended = True
-        self.stopped.set()
-        on_interrupt(signal.default_int_handler)
-
-    def receive(self) -> None:
-        """The thread. It reads the descriptor, since a reader of sys.stdin holds a lock at exit."""
-        head = b""
-        try:
-            while len(head) < 12 and (piece := os.read(0, 1 << 16)):
-                head += piece
-            rest = iter(partial(os.read, 0, 1 << 16), b"")
-            pieces: Iterator[bytes] = itertools.chain([head], rest)
-            if not IS_WAV.match(head) and NOT_PCM.match(head):
-                pieces = by_ffmpeg(pieces)
-            elif not IS_WAV.match(head):  # raw samples
-                self.data += PCM_HEADER
-            for piece in pieces:
-                while len(self.data) > 1 << 27:  # 128 MiB: the writer must wait
-                    time.sleep(0.1)
-                if self.ended:
-                    break
-                self.data += piece
-        except (OSError, VoxtralError) as error:
-            self.problems.append(error)
-        self.ended = True
-
-    def read(self, n: int) -> bytes:
-        """The next n bytes; fewer only at the end."""
-        while len(self.data) < n and not self.ended:
-            time.sleep(0.005)
-        wanted = bytes(self.data[:n])
-        self.taken += len(wanted)
-        del self.data[:n]
-        return wanted
-
-    def pieces_of_sound(self, quiet: bool) -> Iterator[np.ndarray]:
-        """The samples, 40 ms to 4 s at once; one line says if the model falls behind."""
-        threading.Thread(target=self.receive, daemon=True).start()
-        began = time.monotonic()
-        heard = 0.0  # seconds
-        try:
-            for piece in to_16k(wav_pieces(self.read, lambda: len(self.data))):
-                yield piece
-                heard += len(piece) / SAMPLE_RATE
-                waiting = len(self.data) * heard / self.taken  # seconds
-                behind = min(waiting, time.monotonic() - began - heard)
-                if behind > 2 and not quiet:
-                    note(f"standard input: decoding is {behind:.1f} s behind")
-                    quiet = True  # once is enough
-        except (EOFError, VoxtralError) as error:
-            self.problems.append(error)
-        except DAMAGE:  # also where ffmpeg gave nothing, and has said why
-            self.problems.append("cut short, or no sound")
-
-
-def by_ffmpeg(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Sound of any kind, as it arrives -> a WAV stream."""
-    if not shutil.which("ffmpeg"):
-        raise VoxtralError("neither WAV nor raw PCM; ffmpeg, which is not installed, may read it:"
-                           " ffmpeg -i FILE -f wav - | python voxtral.py -")
-    child: Any = subprocess.Popen(ffmpeg("pipe:0", "wav"), bufsize=0, stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-    def feed() -> None:
-        with contextlib.suppress(OSError), child.stdin:
-            for piece in pieces:
-                child.stdin.write(piece)
-
-    threading.Thread(target=feed, daemon=True).start()
-    yield from iter(partial(child.stdout.read, 1 << 16), b"")
-    if child.wait():
-        raise VoxtralError("ffmpeg could not read all of it")
-
-
-def run_one(writer: Writer, model: Voxtral, tokenizer: Any, args: argparse.Namespace) -> None:
-    """Transcribe a recording piece by piece, and write the text as it is decoded."""
-    total = ""
-    stopped = threading.Event()  # by Ctrl-C
-    if writer.name == "-":
-        pieces: Any = StandardInput(writer.problems, stopped).pieces_of_sound(args.quiet)
-    else:
-        samples = writer.load()
-        pieces = np.split(samples, range(64 * STEP, len(samples), 64 * STEP))
-        total = f" of {len(samples) / SAMPLE_RATE:.1f}"
-    began = time.perf_counter()
-    stream = Stream(model, tokenizer, delay_ms=writer.delay_ms, temperature=args.temperature)
-    transcript = stream.transcripts[0]
-    with writer.opened():
-        try:
-            for piece in pieces:
-                text = stream.feed(piece)
-                writer.hear(piece)
-                times = writer.seconds / (time.perf_counter() - began)
-                progress = f"{writer.seconds:.1f}{total} s, {times:.1f} x real time"
-                writer.write(text, transcript, transcript.time, progress)
-        except BaseException:  # what was printed ends with its line, also after a second Ctrl-C
-            writer.write("\n" if writer.seconds else "", transcript, time=0)
-            raise
-        if not writer.seconds:
-            raise KeyboardInterrupt if stopped.is_set() else VoxtralError("holds no samples")
-        writer.end(stream.finish(), transcript)
-    if not args.quiet:
-        note(f"{writer.name}: {progress}")
-    if stopped.is_set():
-        raise KeyboardInterrupt  # now that all is written
+    def run_batches(self, names: list[str]) -> None:
+        """Transcribe files, long ones in pieces, --batch pieces at a time."""
+        n = self.args.batch
+        # Similar lengths together: the size of a file stands in for its length.
+        left = sorted(set(names), key=lambda x: os.path.isfile(x) and -os.path.getsize(x))
+        waiting = list(left if self.args.output_dir else names)  # in the order of writing
+        done: dict[str, tuple[str, Transcript, float]] = {}
+        bar = tqdm(total=len(left), unit="file", disable=self.no_bar)
+        while left:
+            pieces: list[tuple[str, np.ndarray]] = []
+            while left and len(pieces) < n:
+                name = left.pop(0)
+                with self.failures(name):
+                    pieces += [(name, piece) for piece in cut_at_pauses(load_audio(name), n)]
+            try:
+                parts = [part for i in range(0, len(pieces), n) for part in transcribe(
+                    self.model, self.tokenizer, [piece for _, piece in pieces[i : i + n]],
+                    delay_ms=self.args.delay, temperature=self.args.temperature)]
+            except (RuntimeError, MemoryError) as error:
+                parts = []
+                for name in dict(pieces):
+                    self.code = complain(f"{error}; a smaller --batch needs less memory", name)
+            for (name, piece), part in zip(pieces, parts):
+                _, whole, start = done.get(name, ("", Transcript(self.tokenizer), 0.0))
+                end = start + len(piece) / SAMPLE_RATE
+                whole.extend(part, start, end)
+                done[name] = (whole.text + "\n", whole, end)
+            while waiting and waiting[0] not in left:
+                name = waiting.pop(0)
+                bar.update()
+                if name in done:
+                    with self.failures(name):
+                        self.write(name, [done.pop(name)])
 
 
 def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
-    """Cut a recording into at most n pieces of at least 30 s where it is quietest.
-
-    Cuts into equal parts each move, by less than 5 s, to the middle of the quietest 0.3 s there.
-    """
-    tick = SAMPLE_RATE // 50  # 20 ms; a cut is at a multiple of four, so that steps stay steps
+    """Cut a recording into at most n pieces of 30 s or more, about equal, where it is quiet."""
     n = max(1, min(n, len(samples) // (40 * SAMPLE_RATE)))
-    power = np.square(samples[: len(samples) // tick * tick]).reshape(-1, tick).mean(axis=1)
-    loudness = np.convolve(power, np.ones(15), "same")  # of the 0.3 s around each tick
+    power = np.square(samples[: len(samples) // STEP * STEP]).reshape(-1, STEP).mean(axis=1)
+    loudness = np.convolve(power, np.ones(4), "same")  # of the 0.3 s around the start of a step
     evens = [len(power) * k // n for k in range(1, n)]
-    cuts = [even - 250 + int(np.argmin(loudness[even - 250 : even + 250])) for even in evens]
-    return np.split(samples, [cut // 4 * 4 * tick for cut in cuts])
-
-
-def run_batch(writers: list[Writer], model: Voxtral, tokenizer: Any,
-              args: argparse.Namespace) -> int:
-    """Transcribe files --batch at a time and write them in their order; returns the exit code."""
-    code = 0
-    waiting = list(writers)
-    transcripts: dict[Writer, Transcript] = {}
-    # The size of a file stands in for its length, which is not known before it is read.
-    left = sorted(writers, key=lambda writer: -writer.size)
-    while left:
-        pieces: list[tuple[Writer, float, np.ndarray]] = []  # of whom, from which second on
-        while left and len(pieces) < args.batch:
-            writer = left.pop(0)
-            with writer.failures():
-                cut = cut_at_pauses(writer.load(), args.batch)
-                pieces += [(writer, writer.hear(piece), piece) for piece in cut]
-        began = time.perf_counter()
-        parts: list[Transcript] = []
-        try:
-            for i in range(0, len(pieces), args.batch):
-                samples = [piece for _, _, piece in pieces[i : i + args.batch]]
-                parts += transcribe(model, tokenizer, samples, delay_ms=args.delay,
-                                    temperature=args.temperature)
-            for (writer, second, _), part in zip(pieces, parts):
-                transcripts.setdefault(writer, Transcript(tokenizer)).extend(part, second)
-        except FAILURES as error:
-            for writer in {writer for writer, _, _ in pieces}:
-                writer.problems.append(f"{error}; a smaller --batch needs less memory")
-        seconds = sum(len(piece) for _, _, piece in pieces) / SAMPLE_RATE
-        if pieces and not args.quiet:
-            times = seconds / (time.perf_counter() - began)
-            note(f"{len(pieces)} pieces: {seconds:.1f} s, {times:.1f} x real time")
-        while waiting and waiting[0] not in left:
-            writer = waiting.pop(0)
-            if writer not in transcripts:
-                code |= writer.complain()
-                continue
-            with writer.failures(), writer.opened():
-                writer.end(transcripts[writer].text, transcripts.pop(writer))
-            code |= writer.complain()
-    return code
-
-
-def run_files(args: argparse.Namespace) -> int:
-    """Transcribe all recordings; a bad one does not stop the others, but the exit code tells."""
-    files = [name for name in args.audio if name == "-" or os.path.exists(name)]
-    code = max([complain(f"{n!r}: no such file") for n in args.audio if n not in files], default=0)
-    if not files:  # say so before gigabytes are loaded
-        return code
-    Path(args.output_dir or "").mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
-    if not args.quiet:
-        size = mx.get_active_memory() / 1e9
-        seconds = time.perf_counter() - began
-        device = mx.default_device()
-        slow = " only: far slower than real time" if device == mx.cpu and size > 1 else ""
-        note(f"{args.model}: {size:.2f} GB in {seconds:.1f} s, {device}{slow}")
-    world = mx.distributed.init()  # under mlx.launch: each process takes every n-th file
-    writers = [Writer(name, args) for name in files[world.rank() :: world.size()]]
-    if args.batch > 1 or world.size() > 1:  # processes write in one piece, or their lines would mix
-        code |= run_batch([w for w in writers if w.name != "-"], model, tokenizer, args)
-        writers = [w for w in writers if w.name == "-"]
-    for writer in writers:
-        on_interrupt(signal.default_int_handler)  # standard input had its own
-        with writer.failures():
-            run_one(writer, model, tokenizer, args)
-        code |= writer.complain()
-    return code
+    cuts = [even - 60 + int(np.argmin(loudness[even - 60 : even + 60])) for even in evens]
+    return np.split(samples, [cut * STEP for cut in cuts])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("voxtral.py", description="Speech to text: Voxtral in MLX.")
     add = parser.add_argument
-    add("audio", nargs="*", help="audio files; or - for standard input, transcribed as it arrives:"
-        " a WAV stream, raw 16-bit mono samples at 16 kHz, or what ffmpeg makes sound of")
+    add("audio", nargs="*", help="files, or -: live, raw 16-bit mono 16 kHz samples or any file")
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
-    add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="how far the text runs behind:"
-        " 80 to 1200 in steps of 80, or 2400 (default: 480 for -, else 2400)")
+    add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="of the text behind the sound:"
+        " 80 to 1200 in steps of 80, or 2400 (default: 480 with -, else 2400)")
     add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
     add("--output-dir", metavar="DIR", help="write a file per recording to DIR: NAME.txt, ...")
-    add("--batch", type=int, metavar="N", default=1,
-        help="N recordings at a time; those over 80 s are cut at quiet places to fill up")
+    add("--batch", type=int, metavar="N", default=1, help="N recordings, or parts, at a time")
     add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
-    add("--quiet", action="store_true", help="no progress, no summary")
+    add("--quiet", action="store_true", help="no progress")
     add("--convert", metavar="DIR", help="write a converted checkpoint to DIR, do not transcribe")
     add("--bits", type=int, choices=(4, 6, 8), help="with --convert: quantise to so many bits")
     add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in such groups")
     args = parser.parse_args(argv)
-    if bool(args.audio) == bool(args.convert) or args.audio.count("-") > 1:
-        parser.error("name audio files (- once at most), or --convert DIR without any")
+    if bool(args.audio) == bool(args.convert) or args.bits and not args.convert:
+        parser.error("name audio files; or --convert DIR, to which --bits belong, without any")
     if not 1 <= args.batch <= 1024 or not 0 <= args.temperature < math.inf:
         parser.error("--batch takes 1 to 1024, --temperature 0 or more")
-    if args.bits and not args.convert:
-        parser.error("--bits goes with --convert")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
-    if args.output_dir and len({Writer(n, args).path for n in args.audio}) < len(args.audio):
-        parser.error("two of these would be written to the same file of --output-dir")
+    args.delay = args.delay or (480 if "-" in args.audio else max(DELAYS_MS))
+    stems = {name: "stdin" if name == "-" else Path(name).stem for name in args.audio}
+    kind = args.format.replace("text", "txt")
+    args.paths = {name: args.output_dir and Path(args.output_dir, f"{stems[name]}.{kind}")
+                  for name in stems}
+    for one, other in itertools.combinations(stems, 2):
+        if args.output_dir and args.paths[one] == args.paths[other]:
+            parser.error(f"{one} and {other} would both be written to {args.paths[one]}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # standard streams that were closed: their numbers must not go to other files
-    os.close(number)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # a standard stream was closed: no file must get its number
     args = parse_args(argv)
-    if sys.stdout is None and not args.output_dir:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
         return complain("standard output is closed")
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore
+    warnings.showwarning = lambda message, *_: complain(message)  # type: ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        on_interrupt(signal.default_int_handler)
         if not args.convert:
-            return run_files(args)
-        size = convert(args.model, args.convert, bits=args.bits, group_size=args.group_size,
-                       dtype=args.dtype)
-        note(f"{args.convert}: {size / 1e9:.2f} GB")
+            return CommandLine(args).run()
+        convert(args.model, args.convert, bits=args.bits, group_size=args.group_size,
+                dtype=args.dtype)
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return complain("standard output was closed")
-    except (VoxtralError, RuntimeError, OSError) as error:  # RuntimeError: MLX has no memory
+    except (VoxtralError, RuntimeError, OSError, MemoryError) as error:
         return complain(error, str(getattr(error, "filename", None) or ""))
     except KeyboardInterrupt:
         return 130

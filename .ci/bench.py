@@ -4,7 +4,7 @@
     table     a step, the encoder and live feeds beside their floors, and beside those of the
               peers that are installed (voxmlx, mlx-audio)
     turns     steps of all in turn, so that nobody has the better minute of the machine
-    batch     an hour of sound, 1, 16 and 64 pieces at a time
+    batch     an hour of sound, 1, 16, 64 and 128 pieces at a time
     digits    wall times with the small real checkpoint of ../shared/digits
 
 Without a word all of it. All figures are medians. Only MLX and numpy are needed: where there is no
@@ -19,6 +19,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ try:
     import mistral_common.audio  # noqa: F401
 except ImportError:
     stand_in: Any = types.ModuleType("mistral_common.audio")
-    stand_in.mel_filter_bank = lambda bins, bands, *_: np.random.rand(bins, bands) / bins
+    stand_in.mel_filter_bank = cache(lambda bins, bands, *_: np.random.rand(bins, bands) / bins)
     sys.modules |= {"mistral_common": types.ModuleType("mistral_common"),
                     "mistral_common.audio": stand_in}
 
@@ -113,18 +114,34 @@ def measured_rates(full: bool) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------- the table
 
 
+def decoding(model: V.Voxtral, batch: int = 1) -> Callable[[mx.array, mx.array], mx.array]:
+    """The decoder of a new stream: the last ids and their sound -> tokens, still being computed."""
+    scales = model.scales(DELAY)
+    caches = [V.KVCache(model.decoder_args, batch) for _ in scales]
+    mx.eval(scales)
+
+    def step(ids: mx.array, sound: mx.array) -> mx.array:
+        ids = mx.argmax(model(ids, sound, scales, caches), axis=-1)[:, None]
+        mx.async_eval(ids)
+        return ids
+
+    return step
+
+
 def our_steps(model: V.Voxtral, length: int, batch: int = 1) -> Callable[[], None]:
     """A function that decodes 40 steps, after a prompt of so many positions."""
-    generator = V.Generator(model, [32] * length, DELAY, batch)
+    step = decoding(model, batch)
     dim = model.decoder_args.dim
-    generator(noise(1, length, dim) + mx.zeros((batch, 1, 1), WIDE)).tolist()
+    prompt = noise(1, length, dim) + mx.zeros((batch, 1, 1), WIDE)
+    ids = step(mx.full((batch, length), 32), prompt)
+    ids.tolist()
     sound = noise(batch, 40, dim)
 
     def run() -> None:
-        ids = generator.ids
+        nonlocal ids
         for i in range(40):
             unread = ids
-            ids = generator(sound[:, i : i + 1])
+            ids = step(ids, sound[:, i : i + 1])
             unread.tolist()
         ids.tolist()
 
@@ -170,14 +187,16 @@ def bench_ours(cfg: dict, bits: int | None, rates: tuple, full: bool) -> Iterato
 def live_feeds(model: V.Voxtral, mel: mx.array) -> Iterator[Row]:
     """80 ms of sound at a time, for 26 s: the encoder's window fills, and its buffer is renewed."""
     state = V.EncoderState(model.encoder_args)
-    generator = V.Generator(model, [32] * 39, DELAY)
-    generator(model.embed_audio(mel[None, :312], state)).tolist()
+    step = decoding(model)
+    ids = step(mx.full((1, 39), 32), model.embed_audio(mel[None, :312], state))
+    ids.tolist()
     times: dict[str, list] = {"encoder": [], "encoder and step": []}
     for i in range(640):
         start = time.perf_counter()
         sound = model.embed_audio(mel[None, 312 + 8 * i : 320 + 8 * i], state)
         if i % 2:
-            generator(sound).tolist()
+            ids = step(ids, sound)
+            ids.tolist()
         else:
             mx.eval(sound)
         times["encoder and step" if i % 2 else "encoder"].append(time.perf_counter() - start)
@@ -335,17 +354,18 @@ class Tokenizer:
 
 
 def batch(full: bool) -> None:
-    """An hour in 64 pieces of 56.25 s, from samples to words, so many at a time."""
-    pieces = 64
-    seconds = (3600 if full else 64) / pieces
-    sound = np.random.RandomState(0).randn(int(seconds * 16_000)).astype(np.float32) * 0.1
-    print(f"{pieces * seconds:.0f} s of noise in {pieces} pieces of {seconds} s, spectrogram and"
-          " text included; a step: 40 decoder steps alone, after 400 positions\n"
+    """An hour in 64 pieces of 56.25 s, or 128 of 28.1 s: samples to words, so many at a time."""
+    hour = 3600 if full else 64
+    noise = np.random.RandomState(0).randn(hour * 250).astype(np.float32) * 0.1
+    print(f"{hour} s of noise in pieces, spectrogram and text included; a step: 40 decoder steps"
+          " alone, after 400 positions\n"
           "| weights | at a time | s | times real time | ms a step | peak, GB | GB a row |\n"
           "|---|---|---|---|---|---|---|")
     for bits in (None, 6, 4):
         model = random_weights(V.Voxtral(sizes(full)), bits)
-        for B in (1, 16, 64):
+        for B in (1, 16, 64, 128):
+            pieces = max(64, B)
+            sound = noise[: hour * 16_000 // pieces]
             V.transcribe(model, Tokenizer(), [sound[:160_000]] * B, delay_ms=480)  # compiles
             step = 1e3 * timed(our_steps(model, 400, B)) / 40
             mx.clear_cache()
@@ -357,9 +377,9 @@ def batch(full: bool) -> None:
             took = (time.perf_counter() - start) * pieces / (rounds * B)
             peak = mx.get_peak_memory()
             scaled = "" if rounds * B == pieces else f", from {rounds} pieces"
-            print(f"| {kind(bits)} | {B} | {took:.1f}{scaled} | {pieces * seconds / took:.0f} |"
-                  f" {step:.1f} | {peak / 1e9:.1f} | {(peak - size_of(model)) / B / 1e9:.2f} |",
-                  flush=True)
+            print(f"| {kind(bits)} | {B} of {len(sound) / 16_000:.2f} s | {took:.1f}{scaled} |"
+                  f" {hour / took:.0f} | {step:.1f} | {peak / 1e9:.1f} |"
+                  f" {(peak - size_of(model)) / B / 1e9:.2f} |", flush=True)
         del model
         mx.clear_cache()
 

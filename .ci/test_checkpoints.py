@@ -1,4 +1,4 @@
-"""Downloads over HTTP from a small hub of our own, and folders that are no checkpoint."""
+"""Quantised and converted checkpoints, a small hub to download from, and damaged folders."""
 
 import contextlib
 import hashlib
@@ -14,20 +14,90 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx import nn
 from mlx.utils import tree_flatten
 
 import voxtral as V
 from test_voxtral import (
     HERE,
+    LAYOUTS,
     call,
     config,
     equal,
     make_model,
-    quantised,
     their_names,
     write,
     write_tekken,
 )
+
+MODES = {  # name: for nn.quantize; a decoder of dim 64 has groups of 16, 32 and 64
+    "2 bits": {"bits": 2}, "3 bits": {"bits": 3}, "4 bits": {"bits": 4}, "5 bits": {"bits": 5},
+    "6 bits": {"bits": 6}, "8 bits": {"bits": 8}, "groups of 32": {"group_size": 32},
+    "mxfp4": {"mode": "mxfp4"}, "mxfp8": {"mode": "mxfp8"}, "nvfp4": {"mode": "nvfp4"},
+}
+
+
+def quantised(mode):
+    """The seeded model, quantised where a group fits; "mixed": each layer in its own way."""
+    model = make_model()
+    ways = list(MODES.values())
+    count = iter(range(10**6))
+
+    def way(_, part):
+        kwargs = dict(ways[next(count) % len(ways)] if mode == "mixed" else MODES[mode])
+        fits = hasattr(part, "to_quantized") and part.weight.shape[-1] % 64 == 0
+        return kwargs if fits else False
+
+    nn.quantize(model, class_predicate=way)
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", [*MODES, "mixed"])
+def test_any_quantisation_loads_in_any_layout(tmp_path, layout, mode):
+    expected = quantised(mode)
+    wrong = {"group_size": 128, "bits": 7}  # what is said is not asked
+    said = {"4 bits": {"quantization": wrong}, "mixed": {"quantization_config": wrong}}
+    folder = write(tmp_path / "model", layout, expected, **said.get(mode, {}))
+    assert equal(V.load_voxtral_model(folder)[0], expected)
+    half = dict(tree_flatten(V.load_voxtral_model(folder, "bfloat16")[0].parameters()))
+    assert {w.dtype for w in half.values()} <= {mx.bfloat16, mx.uint32, mx.uint8}
+    code, _, err = call("--model", folder, "--convert", tmp_path / "out", "--bits", "4")
+    assert code == 1 and len(err) == 1 and "is quantised already" in err[0]
+    V.convert(folder, tmp_path / "out")  # to other names, with the quantisation that it has
+    assert equal(V.load_voxtral_model(tmp_path / "out")[0], expected)
+    model = V.Voxtral(config())  # as mlx-lm reads what was written: what is said, and .scales
+    weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    default = {key: settings[key] for key in ("group_size", "bits", "mode")}
+    nn.quantize(model, class_predicate=lambda path, _: f"{path}.scales" in weights
+                and settings.get(path, default))
+    model.load_weights(list(weights.items()))
+    assert equal(model, expected)
+
+
+@pytest.mark.parametrize("mode", ["6 bits", "mxfp4", "nvfp4"])
+def test_a_quantised_checkpoint_transcribes_as_in_memory(tmp_path, noise, mode):
+    model, tokenizer, _ = V.load_voxtral_model(write(tmp_path, "transformers", quantised(mode)))
+    got, expected = (V.transcribe(m, tokenizer, noise[:16000]) for m in (model, quantised(mode)))
+    assert got.tokens == expected.tokens and len(got.tokens) > 10
+
+
+@pytest.mark.parametrize("bits", [None, 4, 6, 8])
+def test_converted_equals_quantised_in_memory(checkpoint, tmp_path, bits):
+    (tmp_path / "out").mkdir()  # an empty folder will do, and is not replaced: it may be a mount
+    number = (tmp_path / "out").stat().st_ino
+    size = V.convert(checkpoint, tmp_path / "out", bits=bits)
+    assert (tmp_path / "out").stat().st_ino == number
+    expected = quantised(f"{bits} bits") if bits else make_model()
+    model, _, params = V.load_voxtral_model(tmp_path / "out")
+    assert equal(model, expected)
+    assert size == sum(w.nbytes for _, w in tree_flatten(expected.parameters()))
+    said = {"group_size": 64, "bits": bits, "mode": "affine"}
+    assert params == {**config(), **({"quantization": said} if bits else {})}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(V.VoxtralError, match="not an empty folder"):
+        V.convert(checkpoint, tmp_path / "out")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -47,6 +117,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             data = json.dumps(tree if "/tree/" in self.path else info).encode()
         elif (self.folder / name).is_file() and "/" not in name:
             data = (self.folder / name).read_bytes()
+        elif status := re.match(r"/api/models/status/(\d+)", self.path):
+            return self.answer(int(status[1]), b"", {})
         else:
             gated = "gated" in self.path
             why = {"X-Error-Code": "GatedRepo" if gated else "RepoNotFound"}
@@ -122,8 +194,8 @@ def test_the_default_model_is_downloaded_once_and_resumed(hub, tmp_path):
     hub.server_close()
     assert download(hub) == str(folder)  # the hub is gone
     missing = download(hub, "nobody/nothing")
-    assert missing.startswith("nobody/nothing: no such folder, not downloaded yet")
-    assert len(missing) <= 160 and "\n" not in missing
+    assert missing.startswith("nobody/nothing: no such folder") and "Connection refused" in missing
+    assert len(missing) <= 300 and "\n" not in missing
 
 
 def test_one_set_of_weights_and_all_shards_are_downloaded(hub, tmp_path):
@@ -140,14 +212,18 @@ def test_one_set_of_weights_and_all_shards_are_downloaded(hub, tmp_path):
 
 
 def test_what_cannot_be_downloaded_is_one_line(hub, tmp_path):
+    """Another model is refused before its weights are fetched."""
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "hub" / "model.safetensors").write_bytes(bytes(100))
-    for name, why in ((V.DEFAULT_MODEL_ID, "a llama checkpoint; needed: Voxtral"),
-                      ("some/gated", "accept its owner's terms"),
-                      ("nobody/nothing", "no such folder, nor on the hub"),
-                      ("no/such/folder", "no such folder, and no name for the hub")):
+    reasons = {V.DEFAULT_MODEL_ID: "a llama model", "no/such/folder": "Repo id must be",
+               "some/gated": "403 Client Error. Cannot access gated repo",
+               "nobody/nothing": "404 Client Error. Repository Not Found"}
+    for status in (401, 403, 429, 500):  # not to be told as if there were no network
+        reasons[f"status/{status}"] = f"{status} "
+    for name, why in reasons.items():
         line = download(hub, name)
-        assert line.startswith(f"{name}: {why}") and "\n" not in line and len(line) <= 160
+        assert line.startswith(f"{name}: no such folder, and no Voxtral") and why in line, line
+        assert "\n" not in line and len(line) <= 300
     assert fetched(hub) == []
 
 
@@ -162,11 +238,29 @@ def sharded(folder):
 
 
 def test_a_lost_shard_is_named(tmp_path):
-    sharded(tmp_path)
-    assert equal(V.load_voxtral_model(tmp_path)[0], make_model())
-    (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(V.VoxtralError, match="model-1"):
-        V.load_voxtral_model(tmp_path)
+    """In a folder with a name as long as those of the hub's cache."""
+    folder = tmp_path / "models--mlx-community--Voxtral-Mini-4B-Realtime-6bit" / ("0" * 40)
+    folder.mkdir(parents=True)
+    sharded(folder)
+    assert equal(V.load_voxtral_model(folder)[0], make_model())
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(V.VoxtralError, match="model-1.safetensors"):
+        V.load_voxtral_model(folder)
+
+
+@pytest.mark.parametrize("interrupted", [mx.save_safetensors, shutil.copy])
+def test_an_interrupted_conversion_is_no_checkpoint(checkpoint, tmp_path, monkeypatch, interrupted):
+    def stop(*args):
+        interrupted(*args)
+        raise KeyboardInterrupt
+
+    module = mx if interrupted is mx.save_safetensors else shutil
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, interrupted.__name__, stop)
+        V.convert(checkpoint, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(V.VoxtralError, match="out: its configuration: missing"):
+        V.load_voxtral_model(tmp_path / "out")
 
 
 def damage(folder, what):
@@ -179,14 +273,15 @@ def damage(folder, what):
                "scales of a norm": {"norm.scales": mx.zeros((1, 1))},
                "no columns": {"layers.0.attention.wq.scales": mx.zeros((64, 0))},
                "a number": {"layers.0.attention.wq.scales": mx.array(1.0)},
+               "int8": {"layers.0.attention.wq.weight": mx.zeros((64, 64), mx.int8)},
+               "float8": {"layers.1.feed_forward.w2.weight": mx.zeros((64, 64), mx.uint8)},
                "9 bits": {"layers.0.attention.wq.scales": mx.zeros((64, 1))}}
     weights = {k: w for k, w in (weights | changes.get(what, {})).items() if w is not None}
     if what == "packed as floats":
         weights = {name: w.view(mx.float32) if w.dtype == mx.uint32 else w
                    for name, w in their_names(quantised("8 bits"), "original").items()}
     mx.save_safetensors(str(path), weights)
-    fields = {"field": {"dim": None}, "word": {"n_heads": "many"}, "absurd": {"n_layers": 10**9},
-              "no heads": {"n_heads": 0}}
+    fields = {"field": {"dim": None}, "word": {"n_heads": "many"}, "no heads": {"n_heads": 0}}
     sizes = {k: v for k, v in (sizes | fields.get(what, {})).items() if v is not None}
     params.write_text("{" if what == "json" else json.dumps(sizes))
     data = path.read_bytes()
@@ -198,26 +293,27 @@ def damage(folder, what):
     elif what in STRANGERS:
         params.unlink()
         (folder / "config.json").write_text(json.dumps(STRANGERS[what]))
-    elif what == "outside":
-        path.rename(folder.parent / "other.safetensors")
-        write(folder, "converted", make_model())
-        index = json.dumps({"weight_map": {"a": "../other.safetensors"}})
-        (folder / "model.safetensors.index.json").write_text(index)
     elif what == "no weights":
         path.unlink()
 
 
 TOKENIZERS = {"vocabulary": {"vocab_size": 1300}, "old": {"version": "v99"},
-              "no audio": {"audio_is_there": False}}
+              "no audio": {"audio_is_there": False}, "8 kHz": {"sampling_rate": 8000},
+              "25 Hz": {"frame_rate": 25.0}}
 STRANGERS = {"whisper": {"model_type": "whisper"}, "list": [1], "number": 3}
 DAMAGE = {  # what is wrong: what the one line must say
-    "missing": "language_model.norm.weight", "unexpected": "extra.weight", "shape": "norm.weight",
-    "scales of a norm": "", "no columns": "", "a number": "", "9 bits": "", "packed as floats": "",
-    "field": "dim", "word": "n_heads is 'many'", "absurd": "n_layers", "no heads": "n_heads is 0",
-    "json": "", "cut": "", "garbage": "", "empty": "", "tokenizer": "tekken.json",
-    "vocabulary": "tekken.json", "old": "tekken.json", "no audio": "tekken.json",
-    "whisper": "a whisper checkpoint; needed: Voxtral Mini 4B Realtime", "list": "", "number": "",
-    "outside": "../other.safetensors", "no weights": "not a model folder",
+    "missing": "weights|language_model.norm.weight", "unexpected": "weights|extra.weight",
+    "shape": "weights|language_model.norm.weight", "scales of a norm": "weights|",
+    "no columns": "weights|", "a number": "weights|", "9 bits": "weights|",
+    "packed as floats": "weights|",
+    "int8": "weights|language_model.layers.0.attention.q_proj.weight is mlx.core.int8",
+    "float8": "weights|language_model.layers.1.mlp.down_proj.weight is mlx.core.uint8",
+    "cut": "weights|", "garbage": "weights|", "empty": "weights|", "no weights": "weights|",
+    "field": "configuration|'dim'", "word": "configuration|", "no heads": "configuration|",
+    "json": "configuration|JSON", "whisper": "configuration|a whisper model",
+    "list": "configuration|", "number": "configuration|",
+    "tokenizer": "tekken.json|", "vocabulary": "tekken.json|1300", "old": "tekken.json|v99",
+    "no audio": "tekken.json|", "8 kHz": "tekken.json|8000", "25 Hz": "tekken.json|640",
 }
 
 
@@ -227,7 +323,7 @@ def test_voxmlx_loads_what_we_convert(tmp_path):
         folder = tmp_path / str(bits)
         V.convert(HERE / ".ci/digits", folder, bits=bits)
         theirs = dict(tree_flatten(weights.load_model(str(folder))[0].parameters()))
-        ours = dict(tree_flatten(V.prepare_model(folder, None)[0].parameters()))
+        ours = dict(tree_flatten(V.load_voxtral_model(folder)[0].parameters()))
         assert ours.keys() == theirs.keys()
         assert all(mx.array_equal(w, theirs[name]) for name, w in ours.items())
 
@@ -238,7 +334,9 @@ def test_a_damaged_or_strange_folder_is_one_clear_line(tmp_path, what):
     damage(folder, what)
     code, out, err = call("--model", folder, "--quiet", HERE / ".ci/digits/short.flac")
     assert (code, out, len(err)) == (1, "", 1)
-    assert str(folder) in err[0] and DAMAGE[what] in err[0]
+    part, why = DAMAGE[what].split("|")
+    assert f"{folder}: its {part}: missing, damaged or not those of Voxtral" in err[0], err
+    assert why in err[0] and len(err[0]) <= len(str(folder)) + 320, err
 
 
 def test_the_script_header_is_requirements_txt():
