@@ -21,8 +21,8 @@ The model is a pipe. Sound goes in at one end and text comes out at the other, a
 
     samples      log-mel       encoder frames     audio embeddings     text tokens
     16 kHz  -->  100 Hz   -->  50 Hz         -->  12.5 Hz         -->  12.5 Hz
-        400 samples,      conv 3        32 layers,        groups of 4       26 layers, one
-        hop 160           conv 3 / 2    window of 15 s    side by side      token per 80 ms
+        400 samples,      2 convolutions,    groups of 4,      26 layers, one
+        hop 160           32 layers          2 projections     token per 80 ms
 
 Whisper takes 30 s at a time: an encoder that looks both ways over all of it, then a decoder that
 writes as many tokens as it likes and finds its place by cross-attention. Voxtral Realtime differs
@@ -37,7 +37,7 @@ in three ways, and each makes it a stream:
             word's tokens, one per step. The line that adds them is in `Voxtral.__call__`.
   delayed   The text runs some steps behind the sound: with a longer delay the model hears more
             before it writes, errs less and answers later. One set of weights serves delays from
-            80 ms to 2.4 s; a small network turns the delay into a scale on the decoder's norms.
+            80 ms to 2.4 s; a small network turns the delay into a scale inside each decoder layer.
 
 So a file is a stream that arrives at once, and all sound takes one path, `Stream._run`, live or
 whole, one recording or several in lockstep. Words that have one meaning in this file:
@@ -47,7 +47,8 @@ whole, one recording or several in lockstep. Words that have one meaning in this
   step            80 ms: 1,280 samples, 8 mel frames, 4 encoder frames, 1 audio embedding, 1 token
   delay           how many steps the text runs behind the sound; `delay_ms` is the same in ms
   window          the positions that attention sees: the newest `sliding_window`
-  token           an id (mistral-common also calls 80 ms of sound a token; here that is a step)
+  token           an id of the vocabulary, never a duration
+  sound           in the code of model and stream: audio embeddings
   recording       what a user hands over; B of them can run in lockstep
 
 Letters in shapes: B recordings, F mel frames, T new positions, D dim, C channels. Sources: arXiv
@@ -60,7 +61,6 @@ import argparse
 import codecs
 import contextlib
 import html
-import itertools
 import json
 import math
 import os
@@ -87,7 +87,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-# mistral-common and huggingface_hub are slow to import: the functions that need them do it.
+# mistral-common and huggingface_hub are slow to import, so this waits until they are needed.
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
 SAMPLE_RATE = 16_000  # load_voxtral_model checks that model and tokenizer say so too
 STEP = 1280  # samples, 80 ms; likewise
@@ -117,7 +117,7 @@ class Spectrogram:
 
     num_mel_bins: int = 128  # bands up to half the sampling rate, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
-    window_size: int = 400  # samples: 25 ms, of which a mel frame is made
+    window_size: int = 400  # samples of a mel frame: 25 ms
     global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
 
     def mel_frames(self, samples: mx.array) -> mx.array:
@@ -125,8 +125,8 @@ class Spectrogram:
         from mistral_common.audio import mel_filter_bank
 
         bins = self.window_size // 2 + 1  # frequencies of a Fourier transform: 201
-        bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)
-        hann = np.hanning(self.window_size + 1)[:-1]  # periodic, as torch.stft has it
+        bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)  # cached
+        hann = np.hanning(self.window_size + 1)[:-1]  # periodic, like torch.stft's
         B, n = samples.shape
         F = (n - self.window_size) // self.hop_length + 1
         x = mx.as_strided(samples, (B, F, self.window_size), (n, self.hop_length, 1))
@@ -135,14 +135,11 @@ class Spectrogram:
         # Whisper clips at 80 dB, 8 in log10, below the loudest mel frame of the recording. A stream
         # cannot know how loud the rest will be, so a constant takes its place.
         log = mx.maximum(mx.log10(mx.maximum(mel, 1e-10)), self.global_log_mel_max - 8)
-        return (log + 4) / 4
+        return (log + 4) / 4  # Whisper's scaling, to about -1..1
 
 
 def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
-    """Log-mel of a whole signal: 16 kHz samples [n] -> [n // 160, 128] float32.
-
-    Mel frame f is centred on sample 160 f; there is silence around the signal. Stream does without.
-    """
+    """A whole signal [n] at 16 kHz -> log-mel [n // 160, 128]. For comparisons, not for Stream."""
     frames = len(samples) // spectrogram.hop_length
     size = (1 << frames.bit_length()) * spectrogram.hop_length  # few shapes, see Voxtral.pieces
     half = spectrogram.window_size // 2
@@ -161,7 +158,7 @@ class Carry:
 
     kernel: int  # inputs that it covers
     stride: int  # by how many it moves, at most `kernel`
-    zeros: int  # how many stand in front of the signal
+    zeros: int  # in front of the signal; kernel - stride of them make it causal
     rest: Any = None  # [B, n, ...]
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -175,8 +172,8 @@ class Carry:
 
 
 # --------------------------------------------------------------------------------------- attention
-# What encoder and decoder share. Activations are rows [B * T, D], row b * T + t for position t of
-# recording b, which MLX multiplies in one product; only attention and convolutions fold them.
+# What encoder and decoder share. Activations are rows [B * T, D], row b * T + t: one large product
+# each. Only attention and the convolutions need [B, T, ...].
 
 
 @dataclass(frozen=True)
@@ -209,8 +206,8 @@ class KVCache:
 
     They are appended to a buffer in place. A full buffer is replaced by one that begins with the
     last `window - 1` entries. A position is an index into the buffer, so kept keys are rotated
-    anew: attention depends on distances alone, and small angles stay exact after days. Sizes (255,
-    511, ...) are few and odd, for MLX 0.32 on CUDA plans each, and errs in views inside even ones.
+    anew: attention depends on distances alone, and small angles stay exact after days. Sizes are
+    255, 511, ...: MLX 0.32 on CUDA plans each anew, and errs in views inside of even buffers.
     """
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
@@ -247,12 +244,12 @@ class KVCache:
         need = self.length - first + T
         if first:  # undo the rotation, and rotate by the new positions
             keys = self.rope(self.rope(keys.astype(mx.float32), offset=first, scale=-1.0), offset=0)
-            need += self.window // 4  # lest each step renews
+            need += self.window // 4  # or each step would renew
         size = min((1 << max(8, need.bit_length())) - 1, self.window - 1 + max(self.window, T) | 1)
         self.length -= first
         room = [(0, 0), (0, 0), (0, size - self.length), (0, 0)]
         self.keys, self.values = mx.pad(keys.astype(values.dtype), room), mx.pad(values, room)
-        if self.length and self.batch > 1:  # free the old buffers before the next layer's are made
+        if self.length and self.batch > 1:  # free the old ones before the next layer's are made
             mx.eval(self.keys, self.values)
 
 
@@ -273,7 +270,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_heads, T, head_dim]
         k = self.k_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
         v = self.v_proj(x).reshape(shape).swapaxes(1, 2)
-        q, k, v, mask = cache.update(q, k, v)  # k, v: [B, n_kv_heads, seen, head_dim]
+        q, k, v, mask = cache.update(q, k, v)  # q rotated; k, v: all that it sees, rotated
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(len(x), -1))
 
@@ -339,7 +336,7 @@ class EncoderState:
 
 
 class Encoder(nn.Module):
-    """Whisper's encoder made causal: two convolutions that look back, then layers with a window."""
+    """Two convolutions as in Whisper, but causal; then layers like the decoder's, with a window."""
 
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
         super().__init__()
@@ -374,7 +371,7 @@ class Adapter(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The parts of the language model; Voxtral.__call__ puts them to work."""
+    """Holds the weights of the language model; its forward pass is Voxtral.__call__."""
 
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
@@ -384,7 +381,7 @@ class Decoder(nn.Module):
 
 
 def read_args(cls: Any, config: dict) -> Any:
-    """A dataclass of sizes, from the entries of the same names."""
+    """A dataclass of sizes, from entries of the same names; its annotations are strings."""
     return cls(**{f.name: (int if f.type == "int" else float)(config[f.name]) for f in fields(cls)})
 
 
@@ -421,7 +418,7 @@ class Voxtral(nn.Module):
         return decoder.embed_tokens.as_linear(last)  # tied: the embedding makes the logits too
 
     def scales(self, delay: int) -> list[mx.array]:
-        """1 + ada(t) [1, D] of each decoder layer; t embeds a delay of so many steps in waves."""
+        """1 + ada(t) [1, D] of each decoder layer; t is a sinusoidal embedding of `delay` steps."""
         half = self.decoder_args.dim // 2
         angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
         t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None]  # [1, D]
@@ -429,14 +426,14 @@ class Voxtral(nn.Module):
         return [1 + layer.ada_norm(t) for layer in self.language_model.layers]
 
     def pieces(self, steps: int, batch: int) -> Iterator[tuple[int, int]]:
-        """Begin and end, in steps, of the pieces in which the encoder takes so many steps.
+        """Split `steps` into pieces for the encoder: yields the begin and the end of each.
 
         The largest is two windows of attention on a GPU, one on a CPU, shared by B recordings: more
         takes more memory and time. The rest goes in powers of two: MLX on CUDA plans each shape.
         """
         windows = 2 if mx.default_device() == mx.gpu else 1
         frames = windows * self.encoder_args.sliding_window // batch
-        most = max(16, 2 * frames // self.step_mel_frames)
+        most = max(16, 2 * frames // self.step_mel_frames)  # an encoder frame is two mel frames
         end = 0
         while left := steps - end:
             start = end
@@ -544,15 +541,15 @@ class Stream:
 
     `delay_ms`, one of DELAYS_MS, is how long the model listens on before it commits itself
     (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words` and
-    `tokens` grow with the recording, and nothing else does. One call at a time, from any thread.
-    Raises VoxtralError for other delays and for what as_samples refuses.
+    `tokens` grow with the recording. One call at a time, from any thread. Raises VoxtralError for
+    other delays and for what as_samples refuses. `lengths`: for transcribe, of its recordings.
     """
 
     def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
                  temperature: float = 0.0, lengths: Iterable[float] = (math.inf,)):
         if delay_ms is not None and delay_ms not in DELAYS_MS:
             raise VoxtralError(f"delay_ms is {delay_ms}, not a multiple of 80 up to 1200, or 2400")
-        self.lengths = list(lengths)  # samples that are sound; infinite while a recording goes on
+        self.lengths = list(lengths)  # of each recording, in samples; infinite while it goes on
         self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
         self.ended = [length == 0 for length in self.lengths]  # no sound has no words
         audio = tokenizer.audio
@@ -568,20 +565,20 @@ class Stream:
         self._caches = [KVCache(model.decoder_args, B) for _ in self._scales]
         pads = [tokenizer.get_special_token("[STREAMING_PAD]")] * (self._left_pad + self._delay)
         self._ids = mx.array([[tokenizer.bos_id, *pads]] * B)  # [B, T]
-        # The sound: a step needs the samples of its mel frames, the first of which is centred.
-        mel = model.spectrogram
-        self._overlap = mel.window_size - mel.hop_length
+        # The encoder. A mel frame is centred: it reaches 200 samples back, and the last 40 ahead.
+        front = model.spectrogram
+        self._overlap = front.window_size - front.hop_length
         self._samples = Carry(STEP + self._overlap, STEP,
-                              zeros=mel.window_size // 2 + self._left_pad * STEP)
+                              zeros=front.window_size // 2 + self._left_pad * STEP)
         self._encoder_state = EncoderState(model.encoder_args, B)
         # What waits for its token: embeddings, and where their steps end, in seconds.
         self._sound = mx.zeros((B, 0, model.decoder_args.dim), model.encoder.conv1.weight.dtype)
         self._times: deque[float] = deque()
-        # Two clocks: what was fed makes the steps, what was heard gives their times.
+        # Two clocks, for flush: the silence that it puts in makes steps, but it takes no time.
         self._fed = 0  # samples, with the silence that flush puts in
         self._heard = 0  # samples of the recording
         self._flushed = 0  # samples of the recording at the last flush
-        # Evaluate here: a lazy array belongs to the thread that made it.
+        # MLX evaluates a lazy array on its own thread only, and the next call may be on another.
         mx.eval(self._scales, self._ids, self._sound)
 
     text = property(lambda self: self.transcripts[0].text)
@@ -595,7 +592,7 @@ class Stream:
         return self._run(as_samples(samples)[None])
 
     def flush(self) -> str:
-        """In a pause: push the pending words out with silence, which later times do not count."""
+        """In a pause: push the pending words out with silence, which adds nothing to the times."""
         if self._heard == self._flushed:
             return ""  # nothing was said since
         self._flushed = self._heard
@@ -608,7 +605,7 @@ class Stream:
         before = len(self.text)
         self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends here
         self.flush()
-        half = self._model.spectrogram.window_size // 2  # so far the last mel frame looks ahead
+        half = self._model.spectrogram.window_size // 2  # the last mel frame still lacks samples
         self._run(np.zeros((len(self.lengths), half), np.float32), silent=True)
         for transcript in self.transcripts:
             transcript.close()
@@ -631,17 +628,16 @@ class Stream:
             sound.append(self._model.embed_audio(mel, self._encoder_state))
         self._sound = mx.concatenate(sound, axis=1)
         self._decode()
-        # Evaluate here, as in __init__: the next call may come from another thread.
-        state = self._encoder_state
+        state = self._encoder_state  # evaluate all that is kept, for the same reason as in __init__
         mx.eval(self._samples.rest, state.conv1.rest, state.conv2.rest, self._sound)
         return self.text[before:]
 
     def _decode(self) -> None:
         """Generate the tokens that the sound [B, n, D] allows: prefill, then one in each step."""
         start = 0
-        end = self._ids.shape[1]  # the prompt takes so many steps; then each token takes one
+        end = self._ids.shape[1]  # the prompt takes as many steps as it has tokens; later it is one
         while not all(self.ended) and end <= self._sound.shape[1]:
-            last = self._ids
+            last = self._ids  # one token behind: read `last` while the GPU computes the next one
             logits = self._model(last, self._sound[:, start:end], self._scales, self._caches)
             if self._temperature > 0:
                 token = mx.random.categorical(logits / self._temperature)
@@ -649,8 +645,7 @@ class Stream:
                 token = mx.argmax(logits, axis=-1)  # [B]
             self._ids = token[:, None]
             mx.async_eval(self._ids)
-            # The model takes its last token unread, so read it while the GPU computes the next one.
-            if start:
+            if start:  # else it is the prompt, or was read in the call before
                 self._append(last)
             start = end
             end += 1
@@ -695,7 +690,7 @@ def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
 
 # ------------------------------------------------------------------------------------- checkpoints
 # The weights are published in four layouts, which differ in names: Mistral's original, mlx-audio's,
-# transformers', and voxmlx's, which is called converted here and has the names of our modules.
+# transformers', and voxmlx's: our modules have its names, and `convert` writes it ("converted").
 
 NAMES = {  # regular expressions, applied in turn: a dot is also the _ that mlx-audio has there
     "^(mm_streams_embeddings.embedding_module|mm_whisper_embeddings).": "",
@@ -831,7 +826,7 @@ def download_weights(model_id: str) -> Path:
 
     try:  # without a network, snapshot_download takes what it has downloaded before
         folder = Path(snapshot_download(model_id, allow_patterns="*.json"))
-        Voxtral(read_config(folder))  # another model is refused before gigabytes are fetched
+        Voxtral(read_config(folder))  # allocates nothing, and refuses what is another model
         for weights in ("consolidated.safetensors", "model*.safetensors"):  # mistralai's has both
             folder = Path(snapshot_download(model_id, allow_patterns=["*.json", weights]))
             if any(folder.glob(weights)):
@@ -882,7 +877,7 @@ FILTER = "asetpts=STARTPTS+N/SR/TB,aresample=16000:async=1:first_pts=0:rematrix_
 TO_16K = ["-af", FILTER, "-ac", "1"]
 PCM_16K = b"WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0"  # a WAV of 16-bit mono samples
 FILE = re.compile(rb"(?s)RIFF|RF64|FORM|caff|\.snd|OggS|fLaC|ID3|\xff[\xe2-\xfb][\x10-\xef]|"
-                  rb".{4}ftyp|\x1aE\xdf\xa3|[\t\n\r -~]{12}")  # what begins a file, or a text
+                  rb".{4}ftyp|\x1aE\xdf\xa3|[\t\n\r -~]{12}")  # so files begin, or a text
 
 
 def load_audio(path: str | Path) -> np.ndarray:
@@ -919,20 +914,21 @@ def load_audio(path: str | Path) -> np.ndarray:
 
 def received(stopped: threading.Event) -> Iterator[np.ndarray]:
     """Samples from standard input, which a thread receives until it ends or a signal stops it."""
-    if sys.stdin is None or os.isatty(0):
-        raise VoxtralError("closed, or a terminal: pipe sound into it")
+    if sys.stdin is None or os.isatty(0) or os.path.isdir(0):
+        raise VoxtralError("closed, or a terminal or folder: pipe sound into it")
     head = b""
     while (len(head) < 120 or len(head) % 2) and (piece := os.read(0, 1 << 16)):
         head += piece
-    line: Any = queue.Queue(1000)  # of pieces; the writer waits when it is full
-    pieces = iter(line.get, b"")
-    sink = line.put
-    if head[8:36] == PCM_16K:
+    # The thread writes to `sink`, and we read `pieces`: a queue for raw samples, ffmpeg for files.
+    waiting: Any = queue.Queue(1000)
+    sink = waiting.put
+    pieces = iter(waiting.get, b"")
+    if head[8:36] == PCM_16K and b"data" in head:
         head = head[head.find(b"data") + 8 :]
     elif FILE.match(head):
         if not shutil.which("ffmpeg"):
             raise VoxtralError("not raw samples, and ffmpeg is not installed")
-        # A small probe, or ffmpeg waits; a session of its own, or Ctrl-C ends ffmpeg first.
+        # ffmpeg must not wait for more to probe, nor be ended by the Ctrl-C that is for us.
         child: Any = subprocess.Popen(
             [*FFMPEG, "-probesize", "32", "-i", "pipe:0", *TO_16K, "-f", "s16le", "-"], bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -947,7 +943,7 @@ def received(stopped: threading.Event) -> Iterator[np.ndarray]:
                     if not (piece := os.read(0, 1 << 16)):
                         break
                     sink(piece + os.read(0, len(piece) % 2))  # the other half of a sample
-            sink(b"")
+        sink(b"")
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one leaves at once
@@ -973,7 +969,7 @@ def wrap(text: str) -> list[str]:
 
 
 def subtitles(transcripts: Iterable[Transcript], kind: str) -> Iterator[str]:
-    """A transcript, again and again as it grows -> cues of SubRip ("srt") or WebVTT ("vtt").
+    """The states of a growing transcript -> cues of SubRip ("srt") or WebVTT ("vtt").
 
     A cue ends at a pause, after a sentence, and within 7 s and two lines of 42 columns.
     """
@@ -981,7 +977,7 @@ def subtitles(transcripts: Iterable[Transcript], kind: str) -> Iterator[str]:
     count = 0
     first = 0  # word of the next cue
     for transcript in transcripts:
-        to_come = Word("", transcript.until - WORD_SECONDS, transcript.until)  # then, or later
+        to_come = Word("", transcript.until - WORD_SECONDS, transcript.until)  # or later
         for i, word in enumerate([*transcript.words[first + 1 :], to_come], first + 1):
             cue = transcript.words[first:i]
             text = "".join(other.text for other in cue)
@@ -1046,13 +1042,14 @@ class CommandLine:
             yield
         except BrokenPipeError:
             raise
-        except OSError as error:  # of writing: reading raises VoxtralError
+        except OSError as error:  # of writing: where reading fails, it raises VoxtralError
             self.code = complain(error, str(self.args.paths[name] or "standard output"))
         except (VoxtralError, RuntimeError, ValueError, MemoryError) as error:
             self.code = complain(error, "standard input" if name == "-" else name)
 
     def follow(self, name: str) -> Iterator[tuple[str, Transcript, float]]:
-        """Transcribe a recording: again and again new text, the transcript and its seconds."""
+        """Transcribe a recording: yields new text, the transcript so far, and the seconds heard."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # standard input had its own
         if name == "-":
             pieces: Any = received(self.stopped)
         else:
@@ -1125,7 +1122,9 @@ class CommandLine:
 
 def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
     """Cut a recording into at most n pieces of 30 s or more, about equal, where it is quiet."""
-    n = max(1, min(n, len(samples) // (40 * SAMPLE_RATE)))
+    n = min(n, len(samples) // (40 * SAMPLE_RATE))
+    if n < 2:
+        return [samples]
     power = np.square(samples[: len(samples) // STEP * STEP]).reshape(-1, STEP).mean(axis=1)
     loudness = np.convolve(power, np.ones(4), "same")  # of the 0.3 s around the start of a step
     evens = [len(power) * k // n for k in range(1, n)]
@@ -1161,9 +1160,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     kind = args.format.replace("text", "txt")
     args.paths = {name: args.output_dir and Path(args.output_dir, f"{stems[name]}.{kind}")
                   for name in stems}
-    for one, other in itertools.combinations(stems, 2):
-        if args.output_dir and args.paths[one] == args.paths[other]:
-            parser.error(f"{one} and {other} would both be written to {args.paths[one]}")
+    owners: dict[Any, str] = {}
+    for name, path in args.paths.items():
+        if path and owners.setdefault(path, name) != name:
+            parser.error(f"{owners[path]} and {name} would both be written to {path}")
     return args
 
 
@@ -1179,7 +1179,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: complain(message)  # type: ignore
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
             signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         if not args.convert:
