@@ -214,13 +214,21 @@ class Output(io.TextIOWrapper):
         return self.buffer.getvalue().decode()
 
 
-def call(*args):
+def call(*args, stdin=b""):
     """The command line in this process: exit code, standard output, lines of standard error."""
-    with contextlib.redirect_stdout(Output()) as out, contextlib.redirect_stderr(Output()) as err:
+    saved = os.dup(0)
+    with (contextlib.redirect_stdout(Output()) as out, contextlib.redirect_stderr(Output()) as err,
+          tempfile.TemporaryFile() as file):
+        file.write(stdin)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
         try:
             code = V.main([str(arg) for arg in args])
         except SystemExit as stop:
             code = stop.code
+        finally:
+            os.dup2(saved, 0)
+            os.close(saved)
     return code, out.text(), err.text().splitlines()
 
 
