@@ -206,6 +206,15 @@ def run(*args, stdin=b"", **kwargs):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+def encoded(samples, rate=16000, **kind):
+    """A WAV, or another kind of file, as bytes."""
+    import soundfile  # type: ignore[import-untyped]
+
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, **({"format": "WAV"} | kind))
+    return file.getvalue()
+
+
 class Output(io.TextIOWrapper):
     def __init__(self):
         super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
@@ -1006,13 +1015,11 @@ def learn(folder, seed=0, updates=400, report=lambda *_: None):
 
 def dictation(folder, seed=0, n=14):
     """Fresh recordings of keys, about 15 in each: their names and what was pressed when."""
-    import soundfile
-
     rng = np.random.RandomState([seed, 2])
     truth = {}
     for i in range(n):
         x, keys = telephone(rng, 6.0)
-        soundfile.write(folder / f"{i}.wav", x, 16000, subtype="FLOAT")
+        (folder / f"{i}.wav").write_bytes(encoded(x, subtype="FLOAT"))
         truth[str(folder / f"{i}.wav")] = keys
     return truth
 
@@ -1062,8 +1069,6 @@ def show_learning():
 
 def test_readme_says_what_is(checkpoint, loaded, tmp_path, noise, monkeypatch, capsys):
     """Its options are those of --help, and its commands and its code run."""
-    import soundfile  # type: ignore[import-untyped]
-
     readme = (HERE / "README.md").read_text()
     options = [set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--help"}
                for text in (readme, call("--help")[1])]
@@ -1071,7 +1076,7 @@ def test_readme_says_what_is(checkpoint, loaded, tmp_path, noise, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".ci").symlink_to(HERE / ".ci")
     for name in re.findall(r"(?<![\w./:])[\w-]+\.(?:wav|flac|mp3|ogg|m4a|mp4)", readme):
-        soundfile.write(tmp_path / name, noise[:16000], 16000, format="WAV")
+        (tmp_path / name).write_bytes(encoded(noise[:16000]))
     monkeypatch.setattr(V, "load_voxtral_model", lambda *_, **__: loaded)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
