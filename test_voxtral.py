@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -236,6 +237,9 @@ def call(*args, stdin=b""):
         except SystemExit as stop:
             code = stop.code
         finally:
+            for thread in threading.enumerate():
+                if "receive" in thread.name:  # it would read the next test's standard input
+                    thread.join(60)
             os.dup2(saved, 0)
             os.close(saved)
     return code, out.text(), err.text().splitlines()

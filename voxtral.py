@@ -85,7 +85,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 # mistral-common and huggingface_hub are slow to import, so this waits until they are needed.
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
@@ -172,8 +172,8 @@ class Carry:
 
 
 # --------------------------------------------------------------------------------------- attention
-# What encoder and decoder share. Activations are rows [B * T, D], row b * T + t: one large product
-# each. Only attention and the convolutions need [B, T, ...].
+# What encoder and decoder share. Activations are rows [B * T, D], row b * T + t: one product for
+# each Linear. Only attention and the convolutions need [B, T, ...].
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class KVCache:
     They are appended to a buffer in place. A full buffer is replaced by one that begins with the
     last `window - 1` entries. A position is an index into the buffer, so kept keys are rotated
     anew: attention depends on distances alone, and small angles stay exact after days. Sizes are
-    255, 511, ...: MLX 0.32 on CUDA plans each anew, and errs in views inside of even buffers.
+    few and odd, 255, 511, ...: MLX 0.32 on CUDA plans each, and errs in views of even buffers.
     """
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
@@ -220,7 +220,7 @@ class KVCache:
                             traditional=True)  # rotates neighbours of a head, not its halves
 
     def update(self, q: mx.array, k: mx.array, v: mx.array) -> tuple:
-        """Append T positions [B, heads, T, head_dim] -> rotated q, keys, values, mask [T, seen]."""
+        """Append T positions [B, heads, T, head_dim] -> rotated q, keys, values, mask [T, size]."""
         T = k.shape[2]
         if self.keys is None:
             self.keys, self.values = k[:, :, :0], v[:, :, :0]
@@ -270,7 +270,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_heads, T, head_dim]
         k = self.k_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
         v = self.v_proj(x).reshape(shape).swapaxes(1, 2)
-        q, k, v, mask = cache.update(q, k, v)  # q rotated; k, v: all that it sees, rotated
+        q, k, v, mask = cache.update(q, k, v)  # q and k rotated, k and v with the past
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(len(x), -1))
 
@@ -317,7 +317,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(args, bias)
 
     def __call__(self, x: mx.array, cache: KVCache, scale: mx.array | None = None) -> mx.array:
-        """Rows [B * T, D] -> rows; `scale` [1, D], the decoder's, is 1 + ada(t)."""
+        """Rows [B * T, D] -> rows; `scale` [1, D], the decoder's, is 1 + ada(t): Voxtral.scales."""
         x = x + self.attention(self.attn_norm(x), cache)
         h = self.ffn_norm(x) if scale is None else self.ffn_norm(x) * scale
         return x + self.mlp(h)
@@ -462,7 +462,7 @@ class Voxtral(nn.Module):
 # its text runs `delay` steps behind the sound. Its first tokens are not decoded but given: BOS and
 # 32 + delay times [STREAMING_PAD]. The decoder reads this prompt in one pass, the prefill, together
 # with the silence and the first delay + 1 steps of the recording; the last position gives token 0.
-# From there on, each step decodes one token. An end-of-sequence token is ignored until the
+# From there on, each step decodes one token. An end-of-sequence token ends nothing until the
 # recording is over; then delay + 11 steps of silence draw out the words still to come.
 #
 # An example: a clip begins with "seven", said from 0.25 to 0.50 s. The delay is 160 ms, two steps:
@@ -486,7 +486,7 @@ class Word:
 
     text: str  # with its leading space; the first word has none
     start: float  # seconds: the end of the word before, but at most WORD_SECONDS before `end`
-    end: float  # seconds: of the step in which the model marks it, or of the recording
+    end: float  # seconds: of the last step that its mark speaks about, or of the recording
 
 
 class Transcript:
@@ -496,7 +496,7 @@ class Transcript:
         self.text = ""
         self.tokens: list[int] = []  # generated, one per step
         self.words: list[Word] = []
-        self.until = 0.0  # all words that ended by this second of the recording are written
+        self.until = 0.0  # seconds of the recording that the tokens so far speak about
         self._tokenizer = tokenizer
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
@@ -565,13 +565,13 @@ class Stream:
         self._caches = [KVCache(model.decoder_args, B) for _ in self._scales]
         pads = [tokenizer.get_special_token("[STREAMING_PAD]")] * (self._left_pad + self._delay)
         self._ids = mx.array([[tokenizer.bos_id, *pads]] * B)  # [B, T]
-        # The encoder. A mel frame is centred: it reaches 200 samples back, and the last 40 ahead.
+        # The encoder. Mel frames are centred: those of a step reach 200 samples back, 40 ahead.
         front = model.spectrogram
         self._overlap = front.window_size - front.hop_length
         self._samples = Carry(STEP + self._overlap, STEP,
                               zeros=front.window_size // 2 + self._left_pad * STEP)
         self._encoder_state = EncoderState(model.encoder_args, B)
-        # What waits for its token: embeddings, and where their steps end, in seconds.
+        # Embeddings that wait for the decoder; and of the tokens to come, `until` in seconds.
         self._sound = mx.zeros((B, 0, model.decoder_args.dim), model.encoder.conv1.weight.dtype)
         self._times: deque[float] = deque()
         # Two clocks, for flush: the silence that it puts in makes steps, but it takes no time.
@@ -654,11 +654,10 @@ class Stream:
         self._sound = self._sound[:, start:]
 
     def _append(self, ids: mx.array) -> None:
-        """Append a token of each recording, ids [B, 1]."""
+        """Append a token of each recording; a view of ids [B, 1] would wait for the next step."""
         end = self._times.popleft()
-        rows: Any = ids.tolist()  # ids[:, 0] would be a new operation, queued behind the next step
-        for i, (transcript, length) in enumerate(zip(self.transcripts, self.lengths)):
-            (token,) = rows[i]
+        rows: Any = zip(self.transcripts, self.lengths, ids.tolist())  # type: ignore
+        for i, (transcript, length, [token]) in enumerate(rows):
             newest = len(transcript.tokens) + self._delay  # the step that this token heard last
             # The end of sequence is a token like any other until the recording is over.
             recording_over = newest * STEP >= length
@@ -668,12 +667,12 @@ class Stream:
                 transcript.append(token, min(end, length / SAMPLE_RATE))
 
 
-def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
-               delay_ms: float | None = None, temperature: float = 0.0) -> Any:
+def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *, delay_ms: float = DELAYS_MS[-1],
+               temperature: float = 0.0) -> Any:
     """Transcribe a recording, 16 kHz mono samples [n] -> Transcript, or a list of them -> a list.
 
     A list runs in lockstep: decoding is bound by reading the weights, which its recordings share.
-    Each ends where it would end alone. `delay_ms` is 2400 by default. See Stream for the rest.
+    Each ends where it would end alone. Latency does not matter here, so the delay is the longest.
     """
     several = isinstance(audio, (list, tuple))
     recordings = [as_samples(samples) for samples in (audio if several else [audio])]
@@ -681,7 +680,6 @@ def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *,
         return []
     lengths = [len(samples) for samples in recordings]
     rows = np.stack([np.pad(x, (0, max(lengths) - len(x))) for x in recordings])  # [B, n]
-    delay_ms = max(DELAYS_MS) if delay_ms is None else delay_ms  # latency does not matter here
     stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature, lengths=lengths)
     stream._run(rows)
     stream.finish()
@@ -708,9 +706,8 @@ NAMES = {  # regular expressions, applied in turn: a dot is also the _ that mlx-
     "ada_rms_norm(_t_cond.0|_t_cond.ada_down|.linear1)": "ada_norm.linear_in",
     "ada_rms_norm(_t_cond.2|_t_cond.ada_up|.linear2)": "ada_norm.linear_out"}
 FIELDS = {  # of transformers' config.json, where they differ from params.json
-    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads", "intermediate_size": "hidden_dim",
-    "rms_norm_eps": "norm_eps"}
+    "hidden_size": "dim", "intermediate_size": "hidden_dim", "num_key_value_heads": "n_kv_heads",
+    "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "rms_norm_eps": "norm_eps"}
 
 
 def read_config(folder: Path) -> dict:
@@ -827,9 +824,9 @@ def download_weights(model_id: str) -> Path:
     try:  # without a network, snapshot_download takes what it has downloaded before
         folder = Path(snapshot_download(model_id, allow_patterns="*.json"))
         Voxtral(read_config(folder))  # allocates nothing, and refuses what is another model
-        for weights in ("consolidated.safetensors", "model*.safetensors"):  # mistralai's has both
-            folder = Path(snapshot_download(model_id, allow_patterns=["*.json", weights]))
-            if any(folder.glob(weights)):
+        for files in ("consolidated.safetensors", "model*.safetensors"):  # mistralai's has both
+            folder = Path(snapshot_download(model_id, allow_patterns=["*.json", files]))
+            if any(folder.glob(files)):
                 break
         return folder
     except Exception as error:  # no such repository, another model, no network, no space, ...
@@ -839,11 +836,11 @@ def download_weights(model_id: str) -> Path:
 
 
 def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = None,
-            group_size: int = 64, dtype: Any = None) -> int:
+            group_size: int = 64, dtype: Any = None) -> None:
     """Write a checkpoint in the converted layout, quantised to `bits` if given.
 
-    Returns the bytes of its weights. Raises OSError, and VoxtralError if `out_dir` is neither new
-    nor empty or weights are quantised already. config.json comes last: without it none is loaded.
+    Raises OSError, and VoxtralError if `out_dir` is neither new nor empty or weights are quantised
+    already. config.json comes last: without it nothing is loaded.
     """
     out = Path(out_dir).expanduser()
     if out.is_file() or any(out.glob("*")):
@@ -860,12 +857,11 @@ def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = N
     if settings:  # for other programs: of most modules, then of the rest by name
         most = max(settings.values(), key=list(settings.values()).count)
         config["quantization"] = most | {path: s for path, s in settings.items() if s != most}
-    weights: Any = dict(tree_flatten(model.parameters()))
     out.mkdir(parents=True, exist_ok=True)
+    weights: Any = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(out / "model.safetensors"), weights, {"format": "mlx"})
     shutil.copy(download_weights(str(path_or_id)) / "tekken.json", out)
     (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
-    return sum(w.nbytes for w in weights.values())
 
 
 # ------------------------------------------------------------------------------------------- audio
@@ -917,7 +913,7 @@ def received(stopped: threading.Event) -> Iterator[np.ndarray]:
     if sys.stdin is None or os.isatty(0) or os.path.isdir(0):
         raise VoxtralError("closed, or a terminal or folder: pipe sound into it")
     head = b""
-    while (len(head) < 120 or len(head) % 2) and (piece := os.read(0, 1 << 16)):
+    while len(head) < 120 and (piece := os.read(0, 1 << 16)):
         head += piece
     # The thread writes to `sink`, and we read `pieces`: a queue for raw samples, ffmpeg for files.
     waiting: Any = queue.Queue(1000)
@@ -942,7 +938,7 @@ def received(stopped: threading.Event) -> Iterator[np.ndarray]:
                 if os.name == "nt" or select.select([0], [], [], 0.1)[0]:
                     if not (piece := os.read(0, 1 << 16)):
                         break
-                    sink(piece + os.read(0, len(piece) % 2))  # the other half of a sample
+                    sink(piece)
         sink(b"")
 
     def stop(*_: Any) -> None:
@@ -951,7 +947,11 @@ def received(stopped: threading.Event) -> Iterator[np.ndarray]:
 
     signal.signal(signal.SIGINT, stop)
     threading.Thread(target=receive, daemon=True).start()
-    return (np.frombuffer(piece, "<i2", len(piece) // 2) for piece in pieces)
+    half = b""  # of a sample: a piece may end inside of one
+    for piece in pieces:
+        piece = half + piece
+        half = piece[len(piece) // 2 * 2 :]
+        yield np.frombuffer(piece, "<i2", len(piece) // 2)
 
 
 # --------------------------------------------------------------------------------------- subtitles
@@ -1155,7 +1155,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--batch takes 1 to 1024, --temperature 0 or more")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
-    args.delay = args.delay or (480 if "-" in args.audio else max(DELAYS_MS))
+    args.delay = args.delay or (480 if "-" in args.audio else DELAYS_MS[-1])
     stems = {name: "stdin" if name == "-" else Path(name).stem for name in args.audio}
     kind = args.format.replace("text", "txt")
     args.paths = {name: args.output_dir and Path(args.output_dir, f"{stems[name]}.{kind}")

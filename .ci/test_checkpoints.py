@@ -87,12 +87,11 @@ def test_a_quantised_checkpoint_transcribes_as_in_memory(tmp_path, noise, mode):
 def test_converted_equals_quantised_in_memory(checkpoint, tmp_path, bits):
     (tmp_path / "out").mkdir()  # an empty folder will do, and is not replaced: it may be a mount
     number = (tmp_path / "out").stat().st_ino
-    size = V.convert(checkpoint, tmp_path / "out", bits=bits)
+    V.convert(checkpoint, tmp_path / "out", bits=bits)
     assert (tmp_path / "out").stat().st_ino == number
     expected = quantised(f"{bits} bits") if bits else make_model()
     model, _, params = V.load_voxtral_model(tmp_path / "out")
     assert equal(model, expected)
-    assert size == sum(w.nbytes for _, w in tree_flatten(expected.parameters()))
     said = {"group_size": 64, "bits": bits, "mode": "affine"}
     assert params == {**config(), **({"quantization": said} if bits else {})}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
