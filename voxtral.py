@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
+# Copyright (c) 2026 the voxtral.py authors. MIT license: https://opensource.org/license/mit
+#
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   'mlx>=0.32.0; sys_platform == "darwin" or sys_platform == "win32"',
-#   'mlx[cpu]>=0.32.0; sys_platform == "linux"',
-#   'mlx-cpu>=0.32.0; sys_platform == "win32"',
+#   'mlx>=0.32.1; sys_platform == "darwin" or sys_platform == "win32"',
+#   'mlx[cpu]>=0.32.1; sys_platform == "linux"',
+#   'mlx-cpu>=0.32.1; sys_platform == "win32"',
 #   'huggingface_hub>=1.0',
 #   'mistral-common[audio]>=1.10.0',
 #   'numpy>=2.0',
@@ -24,20 +26,19 @@ The model is a pipe. Sound goes in at one end and text comes out at the other, a
         400 samples,      2 convolutions,    groups of 4,      26 layers, one
         hop 160           32 layers          2 projections     token per 80 ms
 
-Whisper takes 30 s at a time: an encoder that looks both ways over all of it, then a decoder that
-writes as many tokens as it likes and finds its place by cross-attention. Voxtral Realtime differs
-in three ways, and each makes it a stream:
+Whisper takes 30 s at a time: its encoder looks both ways over all of it, and its decoder finds its
+place by cross-attention. Voxtral Realtime is a stream, by three differences:
 
   causal    No layer looks ahead, and attention looks back over a window: 750 encoder frames (15
-            s), 8192 steps (11 min) in the decoder. So what was computed stays valid whatever is
-            said next, and memory does not grow.
-  added     There is no cross-attention. The decoder's input at each position is the embedding of
-            the last token *plus* that of 80 ms of sound, and its output exactly one token: mostly
-            [STREAMING_PAD], nothing to say yet; or [STREAMING_WORD], a word is over, and then that
-            word's tokens, one per step. The line that adds them is in `Voxtral.__call__`.
+            s), 8192 steps (11 min) in the decoder. What was computed stays valid whatever is said
+            next, and memory does not grow.
+  added     The decoder's input at each position is the embedding of the last token *plus* that
+            of 80 ms of sound (see `Voxtral.__call__`), and its output is exactly one token:
+            mostly [STREAMING_PAD], nothing to write yet. [STREAMING_WORD] says that a word was
+            heard to its end; the tokens of its text follow, one per step.
   delayed   The text runs some steps behind the sound: with a longer delay the model hears more
-            before it writes, errs less and answers later. One set of weights serves delays from
-            80 ms to 2.4 s; a small network turns the delay into a scale inside each decoder layer.
+            before it writes, and errs less. One set of weights serves 80 ms to 2.4 s; a small
+            network turns the delay into a scale inside each decoder layer.
 
 So a file is a stream that arrives at once, and all sound takes one path, `Stream._run`, live or
 whole, one recording or several in lockstep. Words that have one meaning in this file:
@@ -47,8 +48,6 @@ whole, one recording or several in lockstep. Words that have one meaning in this
   step            80 ms: 1,280 samples, 8 mel frames, 4 encoder frames, 1 audio embedding, 1 token
   delay           how many steps the text runs behind the sound; `delay_ms` is the same in ms
   window          the positions that attention sees: the newest `sliding_window`
-  token           an id of the vocabulary, never a duration
-  sound           in the code of model and stream: audio embeddings
   recording       what a user hands over; B of them can run in lockstep
 
 Letters in shapes: B recordings, F mel frames, T new positions, D dim, C channels. Sources: arXiv
@@ -75,7 +74,7 @@ import textwrap
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -84,13 +83,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-# mistral-common and huggingface_hub are slow to import, so this waits until they are needed.
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
-SAMPLE_RATE = 16_000  # load_voxtral_model checks that model and tokenizer say so too
-STEP = 1280  # samples, 80 ms; likewise
+SAMPLE_RATE = 16_000  # load_voxtral_model checks this and STEP against the checkpoint
+STEP = 1280  # samples, 80 ms
 DELAYS_MS = (*range(80, 1201, 80), 2400)  # those that the model was trained with
 
 
@@ -115,115 +112,107 @@ def as_samples(samples: Any) -> np.ndarray:
 class Spectrogram:
     """The log-mel front end; the defaults are those of params.json and mistral-common."""
 
-    num_mel_bins: int = 128  # bands up to half the sampling rate, evenly spaced on Slaney's scale
+    num_mel_bins: int = 128  # up to half the sampling rate, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
     window_size: int = 400  # samples of a mel frame: 25 ms
     global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
 
     def mel_frames(self, samples: mx.array) -> mx.array:
         """Samples [B, 160 F + 240] -> the log-mel of their F mel frames [B, F, 128], float32."""
-        from mistral_common.audio import mel_filter_bank
+        from mistral_common.audio import mel_filter_bank  # imported here since it takes a second
 
         bins = self.window_size // 2 + 1  # frequencies of a Fourier transform: 201
         bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)  # cached
         hann = np.hanning(self.window_size + 1)[:-1]  # periodic, like torch.stft's
         B, n = samples.shape
         F = (n - self.window_size) // self.hop_length + 1
+
         x = mx.as_strided(samples, (B, F, self.window_size), (n, self.hop_length, 1))
         power = mx.square(mx.abs(mx.fft.rfft(x * mx.array(hann, mx.float32))))  # [B, F, bins]
         mel = power @ mx.array(bank, mx.float32)  # [B, F, num_mel_bins]
-        # Whisper clips at 80 dB, 8 in log10, below the loudest mel frame of the recording. A stream
-        # cannot know how loud the rest will be, so a constant takes its place.
+
+        # Whisper clips at 80 dB, 8 in log10, below the loudest bin of the recording. A stream
+        # does not know how loud the rest will be, so a constant takes that bin's place.
         log = mx.maximum(mx.log10(mx.maximum(mel, 1e-10)), self.global_log_mel_max - 8)
-        return (log + 4) / 4  # Whisper's scaling, to about -1..1
-
-
-def log_mel_spectrogram(samples: np.ndarray, spectrogram: Spectrogram = Spectrogram()) -> mx.array:
-    """A whole signal [n] at 16 kHz -> log-mel [n // 160, 128]. For comparisons, not for Stream."""
-    frames = len(samples) // spectrogram.hop_length
-    size = (1 << frames.bit_length()) * spectrogram.hop_length  # few shapes, see Voxtral.pieces
-    half = spectrogram.window_size // 2
-    padded = np.pad(np.asarray(samples, np.float32), (half, size - len(samples) + half))
-    return spectrogram.mel_frames(mx.array(padded[None]))[0, :frames]
-
-
-@dataclass
-class Carry:
-    """What a kernel that moves along a signal still needs of the signal's past.
-
-    After n moves the kernel stands at input n * stride, so everything from there on is kept.
-    Example with kernel 3, stride 2 and inputs x0 x1 x2 x3: the kernel has seen x0-x2 and stands
-    at x2, so x2 and x3 are kept until x4 arrives.
-    """
-
-    kernel: int  # inputs that it covers
-    stride: int  # by how many it moves, at most `kernel`
-    zeros: int  # in front of the signal; kernel - stride of them make it causal
-    rest: Any = None  # [B, n, ...]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """The next inputs [B, n, ...] -> the inputs [B, m, ...] that the kernel can move over."""
-        if self.rest is None:
-            self.rest = mx.zeros((len(x), self.zeros, *x.shape[2:]), x.dtype)
-        x = mx.concatenate([self.rest, x], axis=1)
-        moves = max(0, (x.shape[1] - self.kernel) // self.stride + 1)
-        self.rest = x[:, moves * self.stride :]
-        return x[:, : (moves - 1) * self.stride + self.kernel if moves else 0]
+        return (log + 4) / 4  # as Whisper scales it: silence is at -0.6, a loud tone at 1.6
 
 
 # --------------------------------------------------------------------------------------- attention
-# What encoder and decoder share. Activations are rows [B * T, D], row b * T + t: one product for
-# each Linear. Only attention and the convolutions need [B, T, ...].
+# What encoder and decoder share. Activations are rows [B * T, D], and only attention and the
+# convolutions need [B, T, ...]. A product of [B, T, D] would reshape twice, which is 14 % of a bf16
+# step on a GPU, and CUDA's quantised product of [B, 1, D] would read its weights B times.
 
 
 @dataclass(frozen=True)
 class TransformerArgs:
     """The sizes of a transformer, from one section of params.json."""
 
-    dim: int  # of the vector at a position
+    dim: int
     n_layers: int
     n_heads: int  # of queries
     n_kv_heads: int  # of keys and values; each serves n_heads / n_kv_heads heads of queries
-    head_dim: int  # of a query, key or value; n_heads * head_dim need not be dim
+    head_dim: int  # n_heads * head_dim need not be dim
     hidden_dim: int  # inside the feed-forward network
-    sliding_window: int  # positions that attention sees, its own included
+    sliding_window: int  # positions that one sees, its own included
     rope_theta: float  # base of the rotary frequencies
-    norm_eps: float  # added to the mean square before the root
+    norm_eps: float
 
 
 @lru_cache(maxsize=4)  # all layers ask for the same mask
 def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
     """Mask [T, size] for queries at positions start, start + 1, ... and `size` keys from 0 on.
 
-    Query i sees keys i - window + 1 .. i. Added to the scores, as all fused kernels of MLX take it.
+    Query i sees keys i - window + 1 .. i. The mask is added to the scores. It is finite, as a
+    fused kernel that first meets a block of hidden keys would make NaN of -inf.
     """
     back = np.arange(start, start + T)[:, None] - np.arange(size)  # from query to key
-    return mx.array(np.where((back >= 0) & (back < window), 0, mx.finfo(dtype).min), dtype)
+    hidden = (back < 0) | (back >= window)
+    return mx.array(np.where(hidden, mx.finfo(dtype).min, 0), dtype)
+
+
+def buffer_size(kept: int, T: int, window: int) -> int:
+    """How many positions a new buffer of the cache holds, with `kept` old and T new ones in it.
+
+    Sizes double, 255, 511, ..., up to the window. A full window keeps window - 1 positions, and
+    has a quarter of a window to spare, or each step would renew the buffer. Sizes are few, since
+    MLX on CUDA plans kernels for each; and odd, since MLX 0.32 on CUDA computes wrong numbers from
+    a view that begins inside of a buffer whose size is a multiple of 256.
+    """
+    size = 255
+    while size < kept + T:
+        size = 2 * size + 1
+    if size >= window:
+        size = window - 1 + max(T, window // 4, 256)
+    return size | 1  # the next odd number
 
 
 class KVCache:
     """Rotated keys, and values, of the positions that B recordings can still see.
 
-    They are appended to a buffer in place. A full buffer is replaced by one that begins with the
-    last `window - 1` entries. A position is an index into the buffer, so kept keys are rotated
-    anew: attention depends on distances alone, and small angles stay exact after days. Sizes are
-    few and odd, 255, 511, ...: MLX 0.32 on CUDA plans each, and errs in views of even buffers.
+    They are appended to a buffer in place, and a position is an index into the buffer. When it is
+    full, a new one begins with the last `window - 1` entries, whose keys are rotated anew. That
+    changes nothing, as attention depends on distances alone, and keeps positions small for days.
     """
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
+        self.args = args
         self.batch = batch
         self.window = args.sliding_window
         self.length = 0  # entries in the buffers
         self.keys: Any = None  # [B, n_kv_heads, size, head_dim] after an update
         self.values: Any = None
-        self.rope = partial(mx.fast.rope, dims=args.head_dim, base=args.rope_theta, scale=1.0,
-                            traditional=True)  # rotates neighbours of a head, not its halves
+
+    def rope(self, x: mx.array, offset: int, scale: float = 1.0) -> mx.array:
+        """Rotate x [B, heads, T, head_dim] by positions offset, offset + 1, ..., times scale."""
+        return mx.fast.rope(x, self.args.head_dim, base=self.args.rope_theta, scale=scale,
+                            offset=offset, traditional=True)  # pairs of neighbours, not halves
 
     def update(self, q: mx.array, k: mx.array, v: mx.array) -> tuple:
         """Append T positions [B, heads, T, head_dim] -> rotated q, keys, values, mask [T, size]."""
         T = k.shape[2]
         if self.keys is None:
-            self.keys, self.values = k[:, :, :0], v[:, :, :0]
+            self.keys = k[:, :, :0]
+            self.values = v[:, :, :0]
         if self.length + T > self.keys.shape[2]:
             self.renew(T)
         start = self.length
@@ -231,30 +220,32 @@ class KVCache:
         self.keys[:, :, start : self.length] = self.rope(k, offset=start)
         self.values[:, :, start : self.length] = v
         q = self.rope(q, offset=start)
-        if T > 1:  # the mask hides the unused end of the buffer like any future
-            mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
-            return q, self.keys, self.values, mask
-        seen = slice(max(0, self.length - self.window), self.length)  # all that one may see
-        return q, self.keys[:, :, seen], self.values[:, :, seen], None
+        if T == 1:
+            seen = slice(max(0, self.length - self.window), self.length)
+            return q, self.keys[:, :, seen], self.values[:, :, seen], None
+        # The mask hides the unused end of the buffer like any future.
+        mask = window_mask(start, T, self.keys.shape[2], self.window, q.dtype)
+        return q, self.keys, self.values, mask
 
     def renew(self, T: int) -> None:
-        """Move what the next position can see to buffers with room for T more."""
+        """Move what the next position can see to new buffers with room for T more."""
         first = max(0, self.length - self.window + 1)
-        keys, values = (x[:, :, first : self.length] for x in (self.keys, self.values))
-        need = self.length - first + T
-        if first:  # undo the rotation, and rotate by the new positions
-            keys = self.rope(self.rope(keys.astype(mx.float32), offset=first, scale=-1.0), offset=0)
-            need += self.window // 4  # or each step would renew
-        size = min((1 << max(8, need.bit_length())) - 1, self.window - 1 + max(self.window, T) | 1)
+        keys = self.keys[:, :, first : self.length]
+        values = self.values[:, :, first : self.length]
+        if first:  # undo the rotation by the old positions, rotate by the new ones
+            keys = self.rope(keys.astype(mx.float32), offset=first, scale=-1.0)
+            keys = self.rope(keys, offset=0).astype(values.dtype)
         self.length -= first
-        room = [(0, 0), (0, 0), (0, size - self.length), (0, 0)]
-        self.keys, self.values = mx.pad(keys.astype(values.dtype), room), mx.pad(values, room)
+        room = buffer_size(self.length, T, self.window) - self.length
+        widths = [(0, 0), (0, 0), (0, room), (0, 0)]
+        self.keys = mx.pad(keys, widths)
+        self.values = mx.pad(values, widths)
         if self.length and self.batch > 1:  # free the old ones before the next layer's are made
             mx.eval(self.keys, self.values)
 
 
 class Attention(nn.Module):
-    """Self-attention over a sliding window; grouped queries where n_kv_heads < n_heads."""
+    """Self-attention over a sliding window, with grouped queries."""
 
     def __init__(self, args: TransformerArgs, bias: bool):
         super().__init__()
@@ -291,8 +282,8 @@ class SwiGLU(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class AdaNorm(nn.Module):
-    """Tells a decoder layer the delay: what its ffn_norm puts out is scaled by 1 + ada(t)."""
+class DelayScale(nn.Module):
+    """1 + ada(t): what the delay makes of a decoder layer's ffn_norm (the report's Ada RMSNorm)."""
 
     def __init__(self, dim: int, inner_dim: int):
         super().__init__()
@@ -300,34 +291,61 @@ class AdaNorm(nn.Module):
         self.linear_out = nn.Linear(inner_dim, dim, bias=False)
 
     def __call__(self, t: mx.array) -> mx.array:
-        """The delay's embedding t [1, D] -> ada(t) [1, D]."""
-        return self.linear_out(nn.gelu(self.linear_in(t)))
+        """The delay's embedding t [1, D] -> scale [1, D]."""
+        return 1 + self.linear_out(nn.gelu(self.linear_in(t)))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer: the encoder's have biases, the decoder's an AdaNorm."""
+    """A pre-norm transformer layer; the encoder's have biases, the decoder's know the delay."""
 
     def __init__(self, args: TransformerArgs, bias: bool = False, ada_dim: int = 0):
         super().__init__()
-        if ada_dim:
-            self.ada_norm = AdaNorm(args.dim, ada_dim)
         self.attn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.attention = Attention(args, bias)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.mlp = SwiGLU(args, bias)
+        if ada_dim:  # computes `scale`, in Voxtral.scales: the delay of a stream does not change
+            self.ada_norm = DelayScale(args.dim, ada_dim)
 
     def __call__(self, x: mx.array, cache: KVCache, scale: mx.array | None = None) -> mx.array:
-        """Rows [B * T, D] -> rows; `scale` [1, D], the decoder's, is 1 + ada(t): Voxtral.scales."""
+        """Rows [B * T, D] -> rows; `scale` [1, D], in the decoder, is 1 + ada(t)."""
         x = x + self.attention(self.attn_norm(x), cache)
-        h = self.ffn_norm(x) if scale is None else self.ffn_norm(x) * scale
+        h = self.ffn_norm(x)
+        if scale is not None:
+            h = h * scale
         return x + self.mlp(h)
 
 
 # ------------------------------------------------------------------------ encoder, adapter, decoder
 
 
+@dataclass
+class Carry:
+    """What a kernel that moves along a signal still needs of the signal's past.
+
+    After n moves the kernel stands at input n * stride, so everything from there on is kept.
+    Example with kernel 3, stride 2 and inputs x0 x1 x2 x3: it has seen x0-x2 and stands at x2, so
+    x2 and x3 are kept until x4 arrives.
+    """
+
+    kernel: int  # inputs that it covers
+    stride: int  # by how many it moves, at most `kernel`
+    zeros: int  # in front of the signal; kernel - stride of them make it causal
+    rest: Any = None  # [B, n, ...]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The next inputs [B, n, ...] -> the inputs [B, m, ...] that the kernel can move over."""
+        if self.rest is None:
+            self.rest = mx.zeros((len(x), self.zeros, *x.shape[2:]), x.dtype)
+        x = mx.concatenate([self.rest, x], axis=1)
+        moves = max(0, (x.shape[1] - self.kernel) // self.stride + 1)
+        covered = (moves - 1) * self.stride + self.kernel if moves else 0
+        self.rest = x[:, moves * self.stride :]
+        return x[:, :covered]
+
+
 class EncoderState:
-    """What the encoder remembers of B recordings between two pieces of sound."""
+    """What the encoder remembers of B recordings between two calls."""
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
         self.conv1 = Carry(kernel=3, stride=1, zeros=2)
@@ -336,7 +354,7 @@ class EncoderState:
 
 
 class Encoder(nn.Module):
-    """Two convolutions as in Whisper, but causal; then layers like the decoder's, with a window."""
+    """Two convolutions as in Whisper, but causal, then transformer layers."""
 
     def __init__(self, args: TransformerArgs, num_mel_bins: int):
         super().__init__()
@@ -347,8 +365,7 @@ class Encoder(nn.Module):
 
     def __call__(self, mel: mx.array, state: EncoderState) -> mx.array:
         """The next mel frames [B, F, C], F even -> encoder frames as rows [B * F / 2, D]."""
-        x = mel.astype(self.conv1.weight.dtype)
-        x = nn.gelu(self.conv1(state.conv1(x)))  # [B, F, D]
+        x = nn.gelu(self.conv1(state.conv1(mel)))  # [B, F, D]
         x = nn.gelu(self.conv2(state.conv2(x)))  # [B, F / 2, D]
         x = x.reshape(-1, x.shape[2])
         for layer, cache in zip(self.layers, state.caches):
@@ -357,7 +374,7 @@ class Encoder(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Encoder frames, `factor` of them side by side, to the space of the decoder."""
+    """From `factor` encoder frames side by side to an audio embedding."""
 
     def __init__(self, encoder_dim: int, dim: int, factor: int):
         super().__init__()
@@ -371,7 +388,7 @@ class Adapter(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Holds the weights of the language model; its forward pass is Voxtral.__call__."""
+    """A language model, but its inputs are not ids: they are sums of two embeddings."""
 
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
@@ -379,10 +396,19 @@ class Decoder(nn.Module):
         self.layers = [Block(args, ada_dim=ada_dim) for _ in range(args.n_layers)]
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
 
+    def __call__(self, x: mx.array, scales: list, caches: list) -> mx.array:
+        """Inputs [B, T, D], a scale [1, D] and a cache for each layer -> logits [B, vocabulary]."""
+        B, T, D = x.shape
+        x = x.reshape(B * T, D)
+        for layer, scale, cache in zip(self.layers, scales, caches):
+            x = layer(x, cache, scale)
+        last = self.norm(x.reshape(B, T, D)[:, -1])  # [B, D]
+        return self.embed_tokens.as_linear(last)  # the output is tied to the embedding
+
 
 def read_args(cls: Any, config: dict) -> Any:
-    """A dataclass of sizes, from entries of the same names; its annotations are strings."""
-    return cls(**{f.name: (int if f.type == "int" else float)(config[f.name]) for f in fields(cls)})
+    """A dataclass of sizes, from the entries of the same names."""
+    return cls(**{field.name: config[field.name] for field in fields(cls)})
 
 
 class Voxtral(nn.Module):
@@ -391,79 +417,51 @@ class Voxtral(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         whisper = config["multimodal"]["whisper_model_args"]
-        audio = whisper["encoder_args"]
-        audio = {"n_kv_heads": audio["n_heads"], **audio}  # params.json may leave it out
+        encoder = whisper["encoder_args"]
+        encoder = {"n_kv_heads": encoder["n_heads"], **encoder}  # params.json may leave it out
         factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames of a step: 4
         self.step_mel_frames = 2 * factor  # mel frames of a step: 8
-        self.spectrogram = read_args(Spectrogram, audio["audio_encoding_args"])
-        assert self.spectrogram.hop_length * self.step_mel_frames == STEP
-        self.encoder_args = read_args(TransformerArgs, audio)
+        self.spectrogram = read_args(Spectrogram, encoder["audio_encoding_args"])
+        if self.spectrogram.hop_length * self.step_mel_frames != STEP:
+            raise ValueError(f"a step is not {STEP} samples")
+        self.encoder_args = read_args(TransformerArgs, encoder)
         self.decoder_args = read_args(TransformerArgs, config)
         self.encoder = Encoder(self.encoder_args, self.spectrogram.num_mel_bins)
         self.adapter = Adapter(self.encoder_args.dim, self.decoder_args.dim, factor)
         self.language_model = Decoder(
             self.decoder_args, config["vocab_size"], config["ada_rms_norm_t_cond_dim"])
 
-    def __call__(self, ids: mx.array, sound: mx.array, scales: list, caches: list) -> mx.array:
-        """Token ids [B, T], audio embeddings [B, T, D] -> logits [B, vocabulary] of the next token.
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that the model computes in; a convolution is never quantised."""
+        return self.encoder.conv1.weight.dtype
 
-        Each decoder layer has a scale [1, D], for the delay, and a cache of the positions before.
-        """
-        decoder = self.language_model
-        x = decoder.embed_tokens(ids) + sound  # [B, T, D]: this is how the model listens
-        x = x.reshape(-1, x.shape[2])  # rows [B * T, D]
-        for layer, scale, cache in zip(decoder.layers, scales, caches):
-            x = layer(x, cache, scale)
-        last = decoder.norm(x.reshape(*ids.shape, -1)[:, -1])  # [B, D]
-        return decoder.embed_tokens.as_linear(last)  # tied: the embedding makes the logits too
+    def __call__(self, ids: mx.array, audio_embeds: mx.array, scales: list,
+                 caches: list) -> mx.array:
+        """Token ids [B, T], audio embeddings [B, T, D] -> logits [B, vocabulary] of the next id."""
+        x = self.language_model.embed_tokens(ids) + audio_embeds  # this is how the model listens
+        return self.language_model(x, scales, caches)
+
+    def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
+        """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D]."""
+        assert mel.shape[1] % self.step_mel_frames == 0, f"{mel.shape[1]} mel frames: no steps"
+        x = self.adapter(self.encoder(mel.astype(self.dtype), state))  # rows [B * F / 8, D]
+        return x.reshape(len(mel), -1, x.shape[1])
 
     def scales(self, delay: int) -> list[mx.array]:
         """1 + ada(t) [1, D] of each decoder layer; t is a sinusoidal embedding of `delay` steps."""
         half = self.decoder_args.dim // 2
         angles = delay * mx.exp(-math.log(10000.0) * mx.arange(half) / half)  # [D / 2]
-        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None]  # [1, D]
-        t = t.astype(self.encoder.conv1.weight.dtype)
-        return [1 + layer.ada_norm(t) for layer in self.language_model.layers]
-
-    def pieces(self, steps: int, batch: int) -> Iterator[tuple[int, int]]:
-        """Split `steps` into pieces for the encoder: yields the begin and the end of each.
-
-        The largest is two windows of attention on a GPU, one on a CPU, shared by B recordings: more
-        takes more memory and time. The rest goes in powers of two: MLX on CUDA plans each shape.
-        """
-        windows = 2 if mx.default_device() == mx.gpu else 1
-        frames = windows * self.encoder_args.sliding_window // batch
-        most = max(16, 2 * frames // self.step_mel_frames)  # an encoder frame is two mel frames
-        end = 0
-        while left := steps - end:
-            start = end
-            end += most if left >= most else 1 << left.bit_length() - 1
-            yield start, end
-
-    def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
-        """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D]."""
-        assert mel.shape[1] % self.step_mel_frames == 0, f"{mel.shape[1]} mel frames: no steps"
-        x = self.adapter(self.encoder(mel, state))  # rows [B * F / 8, D]
-        mx.async_eval(x)  # compute it while the next piece is submitted
-        return x.reshape(len(mel), -1, x.shape[1])
-
-    def encode(self, mel: mx.array) -> mx.array:
-        """Log-mel of a whole signal [F, C] -> all its audio embeddings [F // 8, D]."""
-        n = self.step_mel_frames
-        state = EncoderState(self.encoder_args)
-        sound = [mx.zeros((0, self.decoder_args.dim), self.encoder.conv1.weight.dtype)]
-        for start, end in self.pieces(len(mel) // n, batch=1):
-            sound.append(self.embed_audio(mel[None, start * n : end * n], state)[0])
-        return mx.concatenate(sound)
+        t = mx.concatenate([mx.cos(angles), mx.sin(angles)])[None].astype(self.dtype)  # [1, D]
+        return [layer.ada_norm(t) for layer in self.language_model.layers]
 
 
 # ------------------------------------------------------------------------------------------ stream
-# The schedule. Before the recording the model hears 32 steps of silence, as it did in training, and
-# its text runs `delay` steps behind the sound. Its first tokens are not decoded but given: BOS and
-# 32 + delay times [STREAMING_PAD]. The decoder reads this prompt in one pass, the prefill, together
-# with the silence and the first delay + 1 steps of the recording; the last position gives token 0.
-# From there on, each step decodes one token. An end-of-sequence token ends nothing until the
-# recording is over; then delay + 11 steps of silence draw out the words still to come.
+# The schedule. Before the recording the model hears 32 steps of silence, as it did in training. Its
+# first tokens are given, not decoded: BOS and 32 + delay times [STREAMING_PAD]. The decoder reads
+# this prompt in one pass, the prefill, together with the silence and the first delay + 1 steps of
+# the recording; the last position gives token 0. From there on, each step decodes one token. After
+# the recording, up to delay + 11 steps of silence draw out the words still to come.
 #
 # An example: a clip begins with "seven", said from 0.25 to 0.50 s. The delay is 160 ms, two steps:
 #
@@ -473,20 +471,20 @@ class Voxtral(nn.Module):
 #     k                  0    1    2    3    4    5    6    7    8    9   10
 #     text                                                  se  sev  seven
 #
-# [W] is [STREAMING_WORD], a word is over; a dot is [STREAMING_PAD], nothing to say. Token k comes
-# with step k + delay, and speaks about the first k + 1 steps: the word that [W] at k opens ended
-# after (k + 1) * 80 ms of sound. Here that is 560 ms, the end of step 6.
+# [W] is [STREAMING_WORD], a dot [STREAMING_PAD]. Token k comes with step k + delay and speaks about
+# the first k + 1 steps: the word that token 6 announces ended after 7 * 80 = 560 ms.
 
 WORD_SECONDS = 0.4  # what a word is taken to last: the model marks only its end
 
 
 @dataclass(frozen=True)
 class Word:
-    """What one [STREAMING_WORD] opened, mostly one word; joined, the texts are the transcript."""
+    """What one [STREAMING_WORD] announces, mostly one word; joined, they are the transcript."""
 
     text: str  # with its leading space; the first word has none
     start: float  # seconds: the end of the word before, but at most WORD_SECONDS before `end`
-    end: float  # seconds: of the last step that its mark speaks about, or of the recording
+    end: float  # seconds: of the last step that its [STREAMING_WORD] speaks about
+    probability: float = 1.0  # the least of its tokens', by softmax at temperature 1
 
 
 class Transcript:
@@ -495,45 +493,71 @@ class Transcript:
     def __init__(self, tokenizer: Any):
         self.text = ""
         self.tokens: list[int] = []  # generated, one per step
+        self.probabilities: list[float] = []  # one per token
         self.words: list[Word] = []
-        self.until = 0.0  # seconds of the recording that the tokens so far speak about
+        self.until = 0.0  # seconds of the recording that the tokens speak about
         self._tokenizer = tokenizer
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self._word_end: float | None = None  # of a word whose text has not begun, in seconds
+        self._least = 1.0  # probability of a token since the last [STREAMING_WORD]
 
-    def append(self, token: int, until: float) -> None:
-        """Take the next token, which speaks of the recording up to `until` seconds."""
+    def __str__(self) -> str:
+        return self.text
+
+    def append(self, token: int, until: float, probability: float = 1.0) -> None:
+        """Take the next token, which speaks about the recording up to `until` seconds."""
         self.tokens.append(token)
+        self.probabilities.append(probability)
         self.until = until
         if token == self._word_id:
             self._word_end = until
-        else:  # special tokens have no bytes; a character may come in several tokens
-            self._write(self._utf8.decode(self._tokenizer.id_to_byte_piece(token)))
+            self._least = 1.0
+        elif piece := self._tokenizer.id_to_byte_piece(token):  # special tokens have no bytes
+            self._least = min(self._least, probability)
+            self._write(self._utf8.decode(piece))  # a character may come in several tokens
 
     def extend(self, other: Transcript, start: float, end: float) -> None:
-        """Take the transcript of a piece of the recording from `start` to `end` seconds."""
+        """Take the transcript of a piece of the recording, from `start` to `end` seconds."""
         for k, token in enumerate(other.tokens):
-            self.append(token, min(start + (k + 1) * STEP / SAMPLE_RATE, end))
+            until = start + (k + 1) * STEP / SAMPLE_RATE
+            self.append(token, min(until, end), other.probabilities[k])
         self.close()
 
     def close(self) -> None:
-        """No more tokens: half a character becomes U+FFFD."""
+        """No more tokens: half a character becomes U+FFFD, and a word without text is none."""
         self._write(self._utf8.decode(b"", final=True))
+        self._word_end = None
         self.until = math.inf
 
     def _write(self, text: str) -> None:
-        """Append text to the word that was opened, else to the last word."""
-        text = text if self.text else text.lstrip()
+        """Append text to the word that was announced, else to the last word."""
+        if not self.text:
+            text = text.lstrip()
         if not text:
             return
-        if self._word_end is not None or not self.words:
-            end = self.until if self._word_end is None else self._word_end
-            start = max(self.words[-1].end if self.words else 0.0, end - WORD_SECONDS)
-            self.words.append(Word("", round(start, 3), round(end, 3)))
+        if self._word_end is None and not self.words:
+            self._word_end = self.until  # text before any [STREAMING_WORD] is a word, too
+        if self._word_end is not None:
+            last_end = self.words[-1].end if self.words else 0.0
+            start = max(last_end, self._word_end - WORD_SECONDS)
+            self.words.append(Word("", round(start, 3), round(self._word_end, 3)))
             self._word_end = None
-        self.words[-1] = replace(self.words[-1], text=self.words[-1].text + text)
+        word = self.words[-1]
+        self.words[-1] = replace(word, text=word.text + text, probability=self._least)
         self.text += text
+
+
+def piece_size(steps: int, model: Voxtral, batch: int) -> int:
+    """How many of `steps` go through the encoder at once.
+
+    At most two windows of attention on a GPU, one on a CPU, shared by the recordings: more takes
+    more time. The rest goes in powers of two, since MLX on CUDA plans kernels for each shape.
+    """
+    windows = 2 if mx.default_device() == mx.gpu else 1
+    encoder_frames = windows * model.encoder_args.sliding_window // batch
+    most = max(16, 2 * encoder_frames // model.step_mel_frames)  # 2 mel frames an encoder frame
+    return most if steps >= most else 1 << (steps.bit_length() - 1)
 
 
 class Stream:
@@ -541,246 +565,360 @@ class Stream:
 
     `delay_ms`, one of DELAYS_MS, is how long the model listens on before it commits itself
     (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words` and
-    `tokens` grow with the recording. One call at a time, from any thread. Raises VoxtralError for
-    other delays and for what as_samples refuses. `lengths`: for transcribe, of its recordings.
+    `tokens` grow, and all but the last word are final. Any thread may call: a call waits for the
+    one that runs. Raises VoxtralError for what is out of range. `lengths` and `progress` are for
+    transcribe_batch.
     """
 
     def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
-                 temperature: float = 0.0, lengths: Iterable[float] = (math.inf,)):
+                 temperature: float = 0.0, lengths: Iterable[float] = (math.inf,),
+                 progress: Callable[[float], Any] | None = None):
         if delay_ms is not None and delay_ms not in DELAYS_MS:
             raise VoxtralError(f"delay_ms is {delay_ms}, not a multiple of 80 up to 1200, or 2400")
+        if not 0 <= temperature < math.inf:
+            raise VoxtralError(f"temperature is {temperature}, not 0 or more")
         self.lengths = list(lengths)  # of each recording, in samples; infinite while it goes on
         self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
         self.ended = [length == 0 for length in self.lengths]  # no sound has no words
-        audio = tokenizer.audio
-        self._delay = audio.get_num_delay_tokens(delay_ms)  # steps
-        self._left_pad = audio.n_left_pad_tokens  # steps of silence: 32
-        self._right_pad = audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10
-        self._eos_id = tokenizer.eos_id
-        self._temperature = temperature
+        self._lock = threading.RLock()
         self._model = model
+        self._temperature = temperature
+        self._progress = progress or (lambda seconds: None)
+        self._eos_id = tokenizer.eos_id
+        self._delay = tokenizer.audio.get_num_delay_tokens(delay_ms)  # steps
+        self._right_pad = tokenizer.audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10 steps
+        left_pad = tokenizer.audio.n_left_pad_tokens  # steps of silence: 32
+        # Two clocks, in samples. Silence that flush puts in makes steps, but it takes no time.
+        self._fed = 0  # with that silence: where steps end, and a recording
+        self._heard = 0  # without it: the times of words
+        self._flushed = 0  # what `_heard` was at the last flush
+        self._times: deque[float] = deque()  # in seconds, what each token to come speaks up to
+        self._decoded = 0.0  # seconds that the tokens so far speak about
+        # The encoder. Mel frames are centred: those of a step reach 200 samples back, 40 ahead.
         B = len(self.lengths)
-        # The decoder: the ids that go in next are at first the whole prompt, then the last token.
+        frame = model.spectrogram.window_size
+        self._overlap = frame - model.spectrogram.hop_length
+        self._samples = Carry(STEP + self._overlap, STEP, zeros=frame // 2 + left_pad * STEP)
+        self._encoder_state = EncoderState(model.encoder_args, B)
+        # The decoder. The ids that go in next are at first the whole prompt, then the last token.
+        pads = [tokenizer.get_special_token("[STREAMING_PAD]")] * (left_pad + self._delay)
+        self._ids = mx.array([[tokenizer.bos_id, *pads]] * B)  # [B, T]
+        self._audio_embeds = mx.zeros((B, 0, model.decoder_args.dim), model.dtype)  # not decoded
         self._scales = model.scales(self._delay)
         self._caches = [KVCache(model.decoder_args, B) for _ in self._scales]
-        pads = [tokenizer.get_special_token("[STREAMING_PAD]")] * (self._left_pad + self._delay)
-        self._ids = mx.array([[tokenizer.bos_id, *pads]] * B)  # [B, T]
-        # The encoder. Mel frames are centred: those of a step reach 200 samples back, 40 ahead.
-        front = model.spectrogram
-        self._overlap = front.window_size - front.hop_length
-        self._samples = Carry(STEP + self._overlap, STEP,
-                              zeros=front.window_size // 2 + self._left_pad * STEP)
-        self._encoder_state = EncoderState(model.encoder_args, B)
-        # Embeddings that wait for the decoder; and of the tokens to come, `until` in seconds.
-        self._sound = mx.zeros((B, 0, model.decoder_args.dim), model.encoder.conv1.weight.dtype)
-        self._times: deque[float] = deque()
-        # Two clocks, for flush: the silence that it puts in makes steps, but it takes no time.
-        self._fed = 0  # samples, with the silence that flush puts in
-        self._heard = 0  # samples of the recording
-        self._flushed = 0  # samples of the recording at the last flush
-        # MLX evaluates a lazy array on its own thread only, and the next call may be on another.
-        mx.eval(self._scales, self._ids, self._sound)
+        # Evaluate here: a lazy array belongs to the thread that made it.
+        mx.eval(self._scales, self._ids, self._audio_embeds)
 
-    text = property(lambda self: self.transcripts[0].text)
-    tokens = property(lambda self: self.transcripts[0].tokens)
-    words = property(lambda self: self.transcripts[0].words)
+    @property
+    def text(self) -> str:
+        return self.transcripts[0].text
+
+    @property
+    def words(self) -> list[Word]:
+        return self.transcripts[0].words
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.transcripts[0].tokens
+
+    def __str__(self) -> str:
+        return self.text
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
-        if self.lengths[0] < math.inf:
-            raise VoxtralError("the stream is finished")
-        return self._run(as_samples(samples)[None])
+        with self._lock:
+            if self.lengths[0] < math.inf:
+                raise VoxtralError("the stream is finished")
+            return self._run(as_samples(samples)[None])
 
     def flush(self) -> str:
         """In a pause: push the pending words out with silence, which adds nothing to the times."""
-        if self._heard == self._flushed:
-            return ""  # nothing was said since
-        self._flushed = self._heard
-        steps = math.ceil(self._fed / STEP) + self._right_pad
-        silence = np.zeros((len(self.lengths), steps * STEP - self._fed), np.float32)
-        return self._run(silence, silent=True)
+        with self._lock:
+            if self._heard == self._flushed:
+                return ""  # nothing was said since
+            self._flushed = self._heard
+            steps = math.ceil(self._fed / STEP) + self._right_pad
+            silence = np.zeros((len(self.lengths), steps * STEP - self._fed), np.float32)
+            return self._run(silence, silent=True)
 
     def finish(self) -> str:
         """End the recording and return the rest of its text."""
-        before = len(self.text)
-        self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends here
-        self.flush()
-        half = self._model.spectrogram.window_size // 2  # the last mel frame still lacks samples
-        self._run(np.zeros((len(self.lengths), half), np.float32), silent=True)
-        for transcript in self.transcripts:
-            transcript.close()
-        self.ended = [True] * len(self.ended)
-        return self.text[before:]
+        with self._lock:
+            before = len(self.text)
+            self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends
+            self.flush()
+            half = self._model.spectrogram.window_size // 2  # the last mel frame still lacks them
+            self._run(np.zeros((len(self.lengths), half), np.float32), silent=True)
+            for transcript in self.transcripts:
+                transcript.close()
+            self.ended = [True] * len(self.ended)
+            return self.text[before:]
 
     def _run(self, samples: np.ndarray, silent: bool = False) -> str:
         """The one path: samples [B, n] -> mel frames -> audio embeddings -> tokens -> text."""
         before = len(self.text)
         n = samples.shape[1]
-        for end in range(STEP - self._fed % STEP, n + 1, STEP):
-            self._times.append((self._heard + (0 if silent else end)) / SAMPLE_RATE)
-        self._heard += 0 if silent else n
+        pace = 0 if silent else 1
+        for end in range(STEP - self._fed % STEP, n + 1, STEP):  # where a step ends in samples
+            self._times.append((self._heard + pace * end) / SAMPLE_RATE)
+        self._heard += pace * n
         self._fed += n
-        x = self._samples(mx.array(samples))  # of the steps that are complete
-        sound = [self._sound]
-        for start, end in self._model.pieces(x.shape[1] // STEP, len(x)):
-            piece = x[:, start * STEP : end * STEP + self._overlap]
-            mel = self._model.spectrogram.mel_frames(piece)
-            sound.append(self._model.embed_audio(mel, self._encoder_state))
-        self._sound = mx.concatenate(sound, axis=1)
+
+        self._encode(mx.array(samples))
         self._decode()
-        state = self._encoder_state  # evaluate all that is kept, for the same reason as in __init__
-        mx.eval(self._samples.rest, state.conv1.rest, state.conv2.rest, self._sound)
+        # Evaluate what is kept, too: the next call may come from another thread.
+        state = self._encoder_state
+        mx.eval(self._samples.rest, state.conv1.rest, state.conv2.rest, self._audio_embeds)
         return self.text[before:]
 
+    def _encode(self, samples: mx.array) -> None:
+        """Samples [B, n] -> audio embeddings of the steps that are complete."""
+        x = self._samples(samples)  # [B, steps * STEP + overlap], or none
+        audio_embeds = [self._audio_embeds]
+        while steps := x.shape[1] // STEP:
+            n = piece_size(steps, self._model, len(x)) * STEP
+            mel = self._model.spectrogram.mel_frames(x[:, : n + self._overlap])
+            audio_embeds.append(self._model.embed_audio(mel, self._encoder_state))
+            mx.async_eval(audio_embeds[-1])  # compute it while the next piece is submitted
+            self._progress(self._decoded)
+            x = x[:, n:]
+        self._audio_embeds = mx.concatenate(audio_embeds, axis=1)
+
     def _decode(self) -> None:
-        """Generate the tokens that the sound [B, n, D] allows: prefill, then one in each step."""
+        """Generate the tokens that the audio embeddings allow: prefill, then one in each step."""
+        last: Any = None
         start = 0
         end = self._ids.shape[1]  # the prompt takes as many steps as it has tokens; later it is one
-        while not all(self.ended) and end <= self._sound.shape[1]:
-            last = self._ids  # one token behind: read `last` while the GPU computes the next one
-            logits = self._model(last, self._sound[:, start:end], self._scales, self._caches)
-            if self._temperature > 0:
-                token = mx.random.categorical(logits / self._temperature)
-            else:
-                token = mx.argmax(logits, axis=-1)  # [B]
-            self._ids = token[:, None]
-            mx.async_eval(self._ids)
-            if start:  # else it is the prompt, or was read in the call before
-                self._append(last)
+        while not all(self.ended) and end <= self._audio_embeds.shape[1]:
+            audio_embeds = self._audio_embeds[:, start:end]
+            logits = self._model(self._ids, audio_embeds, self._scales, self._caches)
+            self._ids, probabilities = self._choose(logits.astype(mx.float32))
+            mx.async_eval(self._ids, probabilities)
+            if last:  # read the tokens before while the GPU computes these
+                self._append(*last)
+            last = self._ids, probabilities
             start = end
             end += 1
-        if start:
-            self._append(self._ids)
-        self._sound = self._sound[:, start:]
+        if last:
+            self._append(*last)
+        self._audio_embeds = self._audio_embeds[:, start:]
 
-    def _append(self, ids: mx.array) -> None:
-        """Append a token of each recording; a view of ids [B, 1] would wait for the next step."""
-        end = self._times.popleft()
-        rows: Any = zip(self.transcripts, self.lengths, ids.tolist())  # type: ignore
-        for i, (transcript, length, [token]) in enumerate(rows):
-            newest = len(transcript.tokens) + self._delay  # the step that this token heard last
+    def _choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Logits [B, vocabulary] -> the next ids and their probabilities, both [B, 1]."""
+        if self._temperature > 0:
+            ids = mx.random.categorical(logits / self._temperature)[:, None]
+        else:
+            ids = mx.argmax(logits, axis=-1)[:, None]
+        return ids, mx.take_along_axis(mx.softmax(logits, axis=-1), ids, axis=-1)
+
+    def _append(self, ids: mx.array, probabilities: mx.array) -> None:
+        """Give each recording its next token."""
+        self._decoded = self._times.popleft()
+        # Read all at once: a slice of an array would be computed after the step just submitted.
+        rows: Any = zip(ids.tolist(), probabilities.tolist())  # type: ignore[arg-type]
+        for i, ([token], [probability]) in enumerate(rows):
+            transcript = self.transcripts[i]
+            length = self.lengths[i]
+            heard = (len(transcript.tokens) + self._delay) * STEP  # before the step of this token
             # The end of sequence is a token like any other until the recording is over.
-            recording_over = newest * STEP >= length
-            silence_over = (newest - self._right_pad) * STEP >= length
-            self.ended[i] |= silence_over or (recording_over and token == self._eos_id)
+            ended_itself = token == self._eos_id and heard >= length
+            drained = heard >= length + self._right_pad * STEP
+            if ended_itself or drained:
+                self.ended[i] = True
             if not self.ended[i]:
-                transcript.append(token, min(end, length / SAMPLE_RATE))
+                until = min(self._decoded, length / SAMPLE_RATE)
+                transcript.append(token, until, round(probability, 4))
+        self._progress(self._decoded)
 
 
-def transcribe(model: Voxtral, tokenizer: Any, audio: Any, *, delay_ms: float = DELAYS_MS[-1],
-               temperature: float = 0.0) -> Any:
-    """Transcribe a recording, 16 kHz mono samples [n] -> Transcript, or a list of them -> a list.
+def transcribe_batch(model: Voxtral, tokenizer: Any, recordings: Iterable[np.ndarray], *,
+                     delay_ms: float = DELAYS_MS[-1], temperature: float = 0.0,
+                     progress: Callable[[float], Any] | None = None) -> list[Transcript]:
+    """Transcribe recordings in lockstep: decoding is bound by reading the weights, which they share.
 
-    A list runs in lockstep: decoding is bound by reading the weights, which its recordings share.
-    Each ends where it would end alone. Latency does not matter here, so the delay is the longest.
+    Each is 16 kHz mono samples [n] and ends where it would end alone. Latency does not matter here,
+    so the delay is the longest. `progress` is called with the seconds decoded so far, and what it
+    raises ends the work. Raises VoxtralError as Stream does.
     """
-    several = isinstance(audio, (list, tuple))
-    recordings = [as_samples(samples) for samples in (audio if several else [audio])]
-    if not recordings:
+    samples = [as_samples(recording) for recording in recordings]
+    if not samples:
         return []
-    lengths = [len(samples) for samples in recordings]
-    rows = np.stack([np.pad(x, (0, max(lengths) - len(x))) for x in recordings])  # [B, n]
-    stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature, lengths=lengths)
+    lengths = [len(x) for x in samples]
+    rows = np.stack([np.pad(x, (0, max(lengths) - len(x))) for x in samples])  # [B, n]
+    stream = Stream(model, tokenizer, delay_ms=delay_ms, temperature=temperature,
+                    lengths=lengths, progress=progress)
     stream._run(rows)
     stream.finish()
-    return stream.transcripts if several else stream.transcripts[0]
+    return stream.transcripts
+
+
+def transcribe(model: Voxtral, tokenizer: Any, samples: np.ndarray, *,
+               delay_ms: float = DELAYS_MS[-1], temperature: float = 0.0,
+               progress: Callable[[float], Any] | None = None) -> Transcript:
+    """Transcribe one recording; see transcribe_batch."""
+    return transcribe_batch(model, tokenizer, [samples], delay_ms=delay_ms,
+                            temperature=temperature, progress=progress)[0]
 
 
 # ------------------------------------------------------------------------------------- checkpoints
 # The weights are published in four layouts, which differ in names: Mistral's original, mlx-audio's,
-# transformers', and voxmlx's: our modules have its names, and `convert` writes it ("converted").
+# transformers', and the one that voxmlx converts to ("converted"), whose names our modules have.
 
-NAMES = {  # regular expressions, applied in turn: a dot is also the _ that mlx-audio has there
-    "^(mm_streams_embeddings.embedding_module|mm_whisper_embeddings).": "",
-    "^decoder.|^language_model.model.|^(?=layers|norm|tok_embeddings)": "language_model.",
-    "^whisper_encoder.(transformer.)?|^encoder.transformer.|^audio_tower.(embedder.)?": "encoder.",
-    "conv_layers.0.conv(.conv)?": "conv1", "conv_layers.1.conv(.conv)?": "conv2",
-    "^(encoder.)?audio_language_projection.0|^multi_modal_projector.linear_1": "adapter.w_in",
-    "^(encoder.)?audio_language_projection.2|^multi_modal_projector.linear_2": "adapter.w_out",
-    "tok_embeddings": "embed_tokens",
-    "attention_norm|self_attn_layer_norm|input_layernorm": "attn_norm",
-    "final_layer_norm|post_attention_layernorm": "ffn_norm",
-    r"(attention|self_attn)\.w?([qkvo])(_proj)?": r"attention.\2_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "ada_rms_norm(_t_cond.0|_t_cond.ada_down|.linear1)": "ada_norm.linear_in",
-    "ada_rms_norm(_t_cond.2|_t_cond.ada_up|.linear2)": "ada_norm.linear_out"}
+PREFIXES = {  # how a name begins: theirs, ours
+    # Mistral's original
+    "mm_streams_embeddings.embedding_module.": "",
+    "mm_whisper_embeddings.": "",
+    "whisper_encoder.conv_layers.0.conv.": "encoder.conv1.",
+    "whisper_encoder.conv_layers.1.conv.": "encoder.conv2.",
+    "whisper_encoder.transformer.": "encoder.",
+    "audio_language_projection.0.": "adapter.w_in.",
+    "audio_language_projection.2.": "adapter.w_out.",
+    "tok_embeddings.": "language_model.embed_tokens.",
+    "layers.": "language_model.layers.",
+    "norm.": "language_model.norm.",
+    # mlx-audio's
+    "encoder.conv_layers_0_conv.conv.": "encoder.conv1.",
+    "encoder.conv_layers_1_conv.conv.": "encoder.conv2.",
+    "encoder.transformer_": "encoder.",
+    "encoder.audio_language_projection_0.": "adapter.w_in.",
+    "encoder.audio_language_projection_2.": "adapter.w_out.",
+    "decoder.tok_embeddings.": "language_model.embed_tokens.",
+    "decoder.": "language_model.",
+    # transformers'
+    "audio_tower.embedder.": "encoder.",
+    "audio_tower.": "encoder.",
+    "multi_modal_projector.linear_1.": "adapter.w_in.",
+    "multi_modal_projector.linear_2.": "adapter.w_out.",
+    "language_model.model.": "language_model.",
+}
+PARTS = {  # of a layer: ours, and theirs in any layout
+    "attention": "self_attn",
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "attn_norm": "attention_norm self_attn_layer_norm input_layernorm",
+    "ffn_norm": "final_layer_norm post_attention_layernorm",
+    "mlp.gate_proj": "feed_forward.w1 feed_forward_w1",
+    "mlp.down_proj": "feed_forward.w2 feed_forward_w2",
+    "mlp.up_proj": "feed_forward.w3 feed_forward_w3",
+    "ada_norm": "ada_rms_norm_t_cond ada_rms_norm",
+    "ada_norm.linear_in": "ada_norm.0 ada_norm.ada_down ada_norm.linear1",
+    "ada_norm.linear_out": "ada_norm.2 ada_norm.ada_up ada_norm.linear2",
+}
 FIELDS = {  # of transformers' config.json, where they differ from params.json
     "hidden_size": "dim", "intermediate_size": "hidden_dim", "num_key_value_heads": "n_kv_heads",
     "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "rms_norm_eps": "norm_eps"}
 
 
+def converted_name(theirs: str) -> str:
+    """The name of a tensor in any of the four layouts -> its name in the converted one."""
+    name = theirs
+    for prefix, ours in PREFIXES.items():
+        if name.startswith(prefix):
+            name = ours + name.removeprefix(prefix)
+    for ours, others in PARTS.items():
+        for other in others.split():
+            name = name.replace(f".{other}.", f".{ours}.")
+    return name
+
+
+def params_section(theirs: dict) -> dict:
+    """A section of transformers' config.json, with the fields of params.json."""
+    ours = {FIELDS.get(name, name): value for name, value in theirs.items()}
+    return {**ours, "rope_theta": theirs["rope_parameters"]["rope_theta"]}
+
+
 def read_config(folder: Path) -> dict:
     """The configuration of a checkpoint, in the form of params.json."""
     path = folder / "params.json"
-    config = json.loads((path if path.exists() else folder / "config.json").read_bytes())
+    if not path.exists():
+        path = folder / "config.json"
+    config = json.loads(path.read_bytes())
     if "multimodal" in config:  # Mistral's form, which the converted layout keeps
         return config
     if "encoder_args" in config:  # mlx-audio's
-        text = config["decoder"]
-        audio = {"audio_encoding_args": config.get("audio_encoding_args"), **config["encoder_args"]}
-        factor = audio["downsample_factor"]
+        decoder = config["decoder"]
+        audio = config.get("audio_encoding_args")  # or it is one of encoder_args
+        encoder = {"audio_encoding_args": audio, **config["encoder_args"]}
+        factor = encoder["downsample_factor"]
     elif config["model_type"] == "voxtral_realtime":  # transformers'
-        text, audio = ({FIELDS.get(name, name): value for name, value in part.items()}
-                       | {"rope_theta": part["rope_parameters"]["rope_theta"]}
-                       for part in (config["text_config"], config["audio_config"]))
-        text["ada_rms_norm_t_cond_dim"] = 32  # transformers hard-codes it
-        audio["audio_encoding_args"] = asdict(Spectrogram())
+        decoder = params_section(config["text_config"])
+        decoder["ada_rms_norm_t_cond_dim"] = 32  # transformers hard-codes it
+        encoder = params_section(config["audio_config"])
+        encoder["audio_encoding_args"] = asdict(Spectrogram())
         factor = config["downsample_factor"]
     else:
         raise ValueError(f"a {config['model_type']} model")
-    whisper = {"encoder_args": audio, "downsample_args": {"downsample_factor": factor}}
-    return {**text, "multimodal": {"whisper_model_args": whisper}}
+    whisper = {"encoder_args": encoder, "downsample_args": {"downsample_factor": factor}}
+    return {**decoder, "multimodal": {"whisper_model_args": whisper}}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of one set of weights: mistralai's repository has two."""
+    for name in ("consolidated.safetensors", "model.safetensors"):
+        if (folder / name).exists():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = json.loads(index.read_bytes())["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    return sorted(folder.glob("model-*-of-*.safetensors"))
 
 
 def read_weights(folder: Path, model: Voxtral) -> dict[str, mx.array]:
     """All tensors of a checkpoint under their converted names, not yet read."""
-    index = folder / "model.safetensors.index.json"
-    files = list(folder.glob("consolidated.safetensors"))  # mistralai's repository has both
-    if not files and index.exists():
-        shards = json.loads(index.read_bytes())["weight_map"].values()
-        files = [folder / shard for shard in set(shards)]
-    loaded: Any = [mx.load(str(file)) for file in files or folder.glob("model*.safetensors")]
     weights: dict[str, mx.array] = {}
-    for theirs, w in (tensor for tensors in loaded for tensor in tensors.items()):
-        name = theirs
-        for pattern, ours in NAMES.items():
-            name = re.sub(pattern, ours, name)
-        if w.ndim == 3 and w.shape[2] == 3:  # PyTorch's convolutions: [out, in, kernel]
-            w = w.swapaxes(1, 2)
-        if re.search(r"self_attn\.[qk]_proj", theirs):  # of transformers
-            # There rows i and i + head_dim / 2 of a head turn together, here neighbours do.
-            args = model.encoder_args if name.startswith("encoder") else model.decoder_args
-            halves = w.reshape(-1, 2, args.head_dim // 2, *w.shape[1:])
-            w = halves.swapaxes(1, 2).reshape(w.shape)
-        if not re.search(r"\b(output|lm_head)\.\w+$", theirs):  # those are tied to the embedding
+    for path in weight_files(folder):
+        tensors: Any = mx.load(str(path))
+        for theirs, w in tensors.items():
+            if re.search(r"\b(output|lm_head)\.\w+$", theirs):  # tied to the embedding
+                continue
+            name = converted_name(theirs)
+            if name in weights:
+                raise ValueError(f"{name} comes twice")
+            if w.ndim == 3 and w.shape[2] == 3:  # PyTorch's convolutions: [out, in, kernel]
+                w = w.swapaxes(1, 2)
+            if re.search(r"self_attn\.[qk]_proj", theirs):
+                args = model.encoder_args if name.startswith("encoder") else model.decoder_args
+                w = interleave_halves(w, args.head_dim)
             weights[name] = w
-    for name, w in weights.items():
-        kind = mx.uint32 if name.replace(".weight", ".scales") in weights else mx.floating
-        if name.endswith(".weight") and not mx.issubdtype(w.dtype, kind):
-            raise ValueError(f"{name} is {w.dtype}: neither floats nor MLX's quantised")
     return weights
+
+
+def interleave_halves(w: mx.array, head_dim: int) -> mx.array:
+    """Reorder transformers' rows of q or k [heads * head_dim, ...].
+
+    There rows i and i + head_dim / 2 of a head are rotated together, here neighbours are.
+    """
+    halves = w.reshape(-1, 2, head_dim // 2, *w.shape[1:])
+    return halves.swapaxes(1, 2).reshape(w.shape)
 
 
 def quantisation(path: str, module: Any, weights: dict[str, mx.array]) -> dict | bool:
     """How the weights of a module are quantised, whatever the configuration says; False: not."""
-    if f"{path}.scales" not in weights:
+    weight = weights[f"{path}.weight"]
+    quantised = f"{path}.scales" in weights
+    if not mx.issubdtype(weight.dtype, mx.uint32 if quantised else mx.floating):
+        raise ValueError(f"{path}.weight is {weight.dtype}: neither floats nor MLX's quantised")
+    if not quantised:
         return False
     inputs = module.weight.shape[-1]  # packed into words of 32 bits; each group has a scale
-    bits = weights[f"{path}.weight"].shape[-1] * 32 // inputs
+    bits = weight.shape[-1] * 32 // inputs
     group = inputs // weights[f"{path}.scales"].shape[-1]
     mode = f"nvfp{bits}" if group == 16 else f"mxfp{bits}"  # these have no biases
-    mode = "affine" if f"{path}.biases" in weights else mode
+    if f"{path}.biases" in weights:
+        mode = "affine"
     return {"group_size": group, "bits": bits, "mode": mode}
 
 
 def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = None, *,
                        lazy: bool = False) -> tuple[Voxtral, Any, dict]:
-    """Load a checkpoint: a folder in any of the four layouts, or a hub id, which is downloaded.
+    """Load a folder in any of the four layouts, or a hub id, which is downloaded.
 
-    `dtype` is the type to compute in ("float32", "float16", "bfloat16" or an mx.Dtype; default: the
-    weights'). `lazy` weights are read when they are used. Returns the model, mistral-common's
-    tokenizer and the content of params.json. Raises VoxtralError, or RuntimeError without memory.
+    `dtype` is the type to compute in (as an mx.Dtype or its name; default: the weights'). `lazy`
+    weights are read when they are used. Returns the model, mistral-common's tokenizer and the
+    content of params.json. Raises VoxtralError, or RuntimeError without memory.
     """
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -797,25 +935,31 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = N
         tokenizer = Tekkenizer.from_file(folder / what)
         audio: Any = tokenizer.audio
         theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
-        assert audio.is_streaming and theirs == (config["vocab_size"], SAMPLE_RATE, STEP), theirs
+        if not audio.is_streaming or theirs != (config["vocab_size"], SAMPLE_RATE, STEP):
+            raise ValueError(f"vocabulary, sampling rate, samples per token: {theirs}")
     except Exception as error:  # whatever trips over the files, it is they that are wrong
         why = textwrap.shorten(f"{type(error).__name__}: {error}".replace(f"{folder}/", ""), 200)
         raise VoxtralError(f"{folder}: its {what}: missing, damaged or not those of Voxtral Mini"
                            f" 4B Realtime ({why})") from error
-    # One type throughout: a norm in float32 would make everything after it float32.
-    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
-    model.set_dtype(dtype or model.encoder.conv1.weight.dtype)
-    for _, module in model.named_modules():
-        # The BLAS of MLX's Linux wheel is twice as fast with inputs outermost in memory.
-        if type(module) is nn.Linear and mx.default_device() == mx.cpu:
-            module.weight = mx.contiguous(module.weight.T).T
+    if isinstance(dtype, str):
+        dtype = getattr(mx, dtype)
+    model.set_dtype(dtype or model.dtype)  # one type: after a norm in float32 all would be float32
+    if mx.default_device() == mx.cpu:
+        lay_out_for_cpu(model)
     if not lazy:
         mx.eval(model.parameters())  # reads all files, once
     return model, tokenizer, config
 
 
+def lay_out_for_cpu(model: nn.Module) -> None:
+    """Put inputs outermost in memory: so the BLAS of MLX's Linux wheel is twice as fast."""
+    for _, module in model.named_modules():
+        if type(module) is nn.Linear:
+            module.weight = mx.contiguous(module.weight.T).T
+
+
 def download_weights(model_id: str) -> Path:
-    """A folder as it is, or that of a hub repository in the cache. Raises VoxtralError."""
+    """A folder as it is, or that of a hub repository in the cache; raises VoxtralError."""
     folder = Path(model_id).expanduser()
     if folder.exists():
         return folder
@@ -833,35 +977,6 @@ def download_weights(model_id: str) -> Path:
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise VoxtralError(f"{model_id}: no such folder, and no Voxtral Mini 4B Realtime could be"
                            f" downloaded ({why})") from error
-
-
-def convert(path_or_id: str | Path, out_dir: str | Path, *, bits: int | None = None,
-            group_size: int = 64, dtype: Any = None) -> None:
-    """Write a checkpoint in the converted layout, quantised to `bits` if given.
-
-    Raises OSError, and VoxtralError if `out_dir` is neither new nor empty or weights are quantised
-    already. config.json comes last: without it nothing is loaded.
-    """
-    out = Path(out_dir).expanduser()
-    if out.is_file() or any(out.glob("*")):
-        raise VoxtralError(f"{out}: exists and is not an empty folder")
-    model, _, config = load_voxtral_model(path_or_id, dtype, lazy=True)
-    if bits and any(hasattr(module, "bits") for module in model.modules()):
-        raise VoxtralError(f"{path_or_id}: is quantised already")
-    if bits:  # each Linear and the embedding: decoding is bound by reading them
-        nn.quantize(model, group_size, bits, class_predicate=lambda _, part:
-                    hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0)
-    config = {key: value for key, value in config.items() if not key.startswith("quantization")}
-    settings = {path: {"group_size": part.group_size, "bits": part.bits, "mode": part.mode}
-                for path, part in model.named_modules() if hasattr(part, "bits")}
-    if settings:  # for other programs: of most modules, then of the rest by name
-        most = max(settings.values(), key=list(settings.values()).count)
-        config["quantization"] = most | {path: s for path, s in settings.items() if s != most}
-    out.mkdir(parents=True, exist_ok=True)
-    weights: Any = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(out / "model.safetensors"), weights, {"format": "mlx"})
-    shutil.copy(download_weights(str(path_or_id)) / "tekken.json", out)
-    (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
 
 
 # ------------------------------------------------------------------------------------------- audio
@@ -1022,6 +1137,8 @@ class CommandLine:
         # Where text goes to the terminal, it is the progress. None: no bar in a log.
         self.no_bar = args.quiet or (sys.stdout.isatty() and not args.output_dir) or None
         self.model, self.tokenizer, _ = load_voxtral_model(args.model, args.dtype)
+        if mx.metal.is_available():  # macOS would page out weights that are idle; so does mlx-lm
+            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 
     def run(self) -> int:
         """Transcribe all recordings; returns the exit code."""
@@ -1031,6 +1148,7 @@ class CommandLine:
             if name == "-" or self.args.batch == 1:
                 with self.failures(name):
                     self.write(name, self.follow(name))
+                mx.clear_cache()
             if self.stopped.is_set():
                 return 130
         return self.code
@@ -1100,7 +1218,7 @@ class CommandLine:
                 with self.failures(name):
                     pieces += [(name, piece) for piece in cut_at_pauses(load_audio(name), n)]
             try:
-                parts = [part for i in range(0, len(pieces), n) for part in transcribe(
+                parts = [part for i in range(0, len(pieces), n) for part in transcribe_batch(
                     self.model, self.tokenizer, [piece for _, piece in pieces[i : i + n]],
                     delay_ms=self.args.delay, temperature=self.args.temperature)]
             except (RuntimeError, MemoryError) as error:
@@ -1135,7 +1253,7 @@ def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("voxtral.py", description="Speech to text: Voxtral in MLX.")
     add = parser.add_argument
-    add("audio", nargs="*", help="files, or -: live, raw 16-bit mono 16 kHz samples or any file")
+    add("audio", nargs="+", help="files, or -: live, raw 16-bit mono 16 kHz samples or any file")
     add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
     add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="of the text behind the sound:"
         " 80 to 1200 in steps of 80, or 2400 (default: 480 with -, else 2400)")
@@ -1145,12 +1263,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
     add("--quiet", action="store_true", help="no progress")
-    add("--convert", metavar="DIR", help="write a converted checkpoint to DIR, do not transcribe")
-    add("--bits", type=int, choices=(4, 6, 8), help="with --convert: quantise to so many bits")
-    add("--group-size", type=int, choices=(32, 64, 128), default=64, help="... in such groups")
     args = parser.parse_args(argv)
-    if bool(args.audio) == bool(args.convert) or args.bits and not args.convert:
-        parser.error("name audio files; or --convert DIR, to which --bits belong, without any")
     if not 1 <= args.batch <= 1024 or not 0 <= args.temperature < math.inf:
         parser.error("--batch takes 1 to 1024, --temperature 0 or more")
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
@@ -1182,11 +1295,7 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
             signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        if not args.convert:
-            return CommandLine(args).run()
-        convert(args.model, args.convert, bits=args.bits, group_size=args.group_size,
-                dtype=args.dtype)
-        return 0
+        return CommandLine(args).run()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return complain("standard output was closed")

@@ -62,18 +62,6 @@ def test_any_quantisation_loads_in_any_layout(tmp_path, layout, mode):
     assert equal(V.load_voxtral_model(folder)[0], expected)
     half = dict(tree_flatten(V.load_voxtral_model(folder, "bfloat16")[0].parameters()))
     assert {w.dtype for w in half.values()} <= {mx.bfloat16, mx.uint32, mx.uint8}
-    code, _, err = call("--model", folder, "--convert", tmp_path / "out", "--bits", "4")
-    assert code == 1 and len(err) == 1 and "is quantised already" in err[0]
-    V.convert(folder, tmp_path / "out")  # to other names, with the quantisation that it has
-    assert equal(V.load_voxtral_model(tmp_path / "out")[0], expected)
-    model = V.Voxtral(config())  # as mlx-lm reads what was written: what is said, and .scales
-    weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
-    default = {key: settings[key] for key in ("group_size", "bits", "mode")}
-    nn.quantize(model, class_predicate=lambda path, _: f"{path}.scales" in weights
-                and settings.get(path, default))
-    model.load_weights(list(weights.items()))
-    assert equal(model, expected)
 
 
 @pytest.mark.parametrize("mode", ["6 bits", "mxfp4", "nvfp4"])
@@ -81,22 +69,6 @@ def test_a_quantised_checkpoint_transcribes_as_in_memory(tmp_path, noise, mode):
     model, tokenizer, _ = V.load_voxtral_model(write(tmp_path, "transformers", quantised(mode)))
     got, expected = (V.transcribe(m, tokenizer, noise[:16000]) for m in (model, quantised(mode)))
     assert got.tokens == expected.tokens and len(got.tokens) > 10
-
-
-@pytest.mark.parametrize("bits", [None, 4, 6, 8])
-def test_converted_equals_quantised_in_memory(checkpoint, tmp_path, bits):
-    (tmp_path / "out").mkdir()  # an empty folder will do, and is not replaced: it may be a mount
-    number = (tmp_path / "out").stat().st_ino
-    V.convert(checkpoint, tmp_path / "out", bits=bits)
-    assert (tmp_path / "out").stat().st_ino == number
-    expected = quantised(f"{bits} bits") if bits else make_model()
-    model, _, params = V.load_voxtral_model(tmp_path / "out")
-    assert equal(model, expected)
-    said = {"group_size": 64, "bits": bits, "mode": "affine"}
-    assert params == {**config(), **({"quantization": said} if bits else {})}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(V.VoxtralError, match="not an empty folder"):
-        V.convert(checkpoint, tmp_path / "out")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -247,19 +219,36 @@ def test_a_lost_shard_is_named(tmp_path):
         V.load_voxtral_model(folder)
 
 
-@pytest.mark.parametrize("interrupted", [mx.save_safetensors, shutil.copy])
-def test_an_interrupted_conversion_is_no_checkpoint(checkpoint, tmp_path, monkeypatch, interrupted):
-    def stop(*args):
-        interrupted(*args)
-        raise KeyboardInterrupt
+def test_one_set_of_weights_is_read(tmp_path):
+    """Not a copy beside it; and where it is not clear which one, it is said."""
+    sharded(tmp_path)
+    other = make_model(seed=1)
+    other.save_weights(str(tmp_path / "model.old.safetensors"))
+    assert equal(V.load_voxtral_model(tmp_path)[0], make_model())
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for i in range(3):
+        (tmp_path / f"model-{i}.safetensors").rename(tmp_path / f"model-{i}-of-3.safetensors")
+    assert equal(V.load_voxtral_model(tmp_path)[0], make_model())
+    other.save_weights(str(tmp_path / "model-1-of-1.safetensors"))
+    with pytest.raises(V.VoxtralError, match="comes twice"):
+        V.load_voxtral_model(tmp_path)
+    other.save_weights(str(tmp_path / "model.safetensors"))
+    assert equal(V.load_voxtral_model(tmp_path)[0], other)
 
-    module = mx if interrupted is mx.save_safetensors else shutil
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, interrupted.__name__, stop)
-        V.convert(checkpoint, tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    with pytest.raises(V.VoxtralError, match="out: its configuration: missing"):
-        V.load_voxtral_model(tmp_path / "out")
+
+@pytest.mark.parametrize("what", ["8 kHz", "vocabulary", "hop"])
+def test_optimised_python_checks_files_too(tmp_path, what):
+    folder = write(tmp_path / "model", "original", make_model())
+    if what == "hop":
+        params = (folder / "params.json").read_text()
+        (folder / "params.json").write_text(params.replace('"hop_length": 160', '"hop_length": 80'))
+    else:
+        damage(folder, what)
+    code = "import sys, voxtral as V\ntry: V.load_voxtral_model(sys.argv[1])\n"
+    code += "except V.VoxtralError as e: print(e)"
+    done = subprocess.run([sys.executable, "-O", "-c", code, folder], capture_output=True,
+                          text=True, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert "missing, damaged or not those of Voxtral" in done.stdout
 
 
 def damage(folder, what):
@@ -316,11 +305,19 @@ DAMAGE = {  # what is wrong: what the one line must say
 }
 
 
-def test_voxmlx_loads_what_we_convert(tmp_path):
+def test_voxmlx_loads_the_names_that_we_save(tmp_path):
     weights = pytest.importorskip("voxmlx.weights")
     for bits in (None, 6, 4):
         folder = tmp_path / str(bits)
-        V.convert(HERE / ".ci/digits", folder, bits=bits)
+        folder.mkdir()
+        model, _, params = V.load_voxtral_model(HERE / ".ci/digits")
+        if bits:
+            nn.quantize(model, 64, bits, class_predicate=lambda _, part: (
+                hasattr(part, "to_quantized") and part.weight.shape[-1] % 64 == 0))
+            params["quantization"] = {"group_size": 64, "bits": bits}
+        model.save_weights(str(folder / "model.safetensors"))
+        (folder / "config.json").write_text(json.dumps(params))
+        shutil.copy(HERE / ".ci/digits/tekken.json", folder)
         theirs = dict(tree_flatten(weights.load_model(str(folder))[0].parameters()))
         ours = dict(tree_flatten(V.load_voxtral_model(folder)[0].parameters()))
         assert ours.keys() == theirs.keys()

@@ -243,7 +243,7 @@ def test_output_dir_has_complete_files(checkpoint, tmp_path, noise, monkeypatch)
 
 
 def test_options_and_progress(checkpoint, tmp_path, monkeypatch):
-    for args in ("--delay 9", "--batch 0", "--bits 4", "--convert x", "--temp nan", "--form srt x"):
+    for args in ("--delay 9", "--batch 0", "--temp nan", "--form srt x"):
         code, out, err = call("--model", "/nowhere", *args.split(), GOOD)
         assert code == 2 and out == "" and "usage" in err[0] and len(err[-1]) < 160, args
     told = [json.loads(call("--model", checkpoint, *JSON, GOOD, "--batch", n, *args.split())[1])
@@ -260,7 +260,7 @@ def test_options_and_progress(checkpoint, tmp_path, monkeypatch):
 
 def test_a_batch_is_ordered_and_written_when_done(checkpoint, tmp_path, noise, monkeypatch):
     asked = []  # similar lengths together, the longest first
-    transcribe = V.transcribe
+    transcribe = V.transcribe_batch
 
     def spy(model, tokenizer, audio, **settings):
         asked.append([len(x) for x in audio])
@@ -275,7 +275,7 @@ def test_a_batch_is_ordered_and_written_when_done(checkpoint, tmp_path, noise, m
     base = ["--model", checkpoint, *JSON]
     one_by_one = call(*base, *names)[1]
     base += ["--batch", "2"]
-    monkeypatch.setattr(V, "transcribe", spy)
+    monkeypatch.setattr(V, "transcribe_batch", spy)
     wrong = None
     code, out, err = call(*base, *names[:4], tmp_path / "no.wav", names[4])
     assert (code, out, len(err)) == (1, one_by_one, 1)
