@@ -350,32 +350,26 @@ def encoded(samples, rate=16000, **kind):
 
 
 class Output(io.TextIOWrapper):
-    def __init__(self):
-        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
+    def __init__(self, terminal=False):
+        super().__init__(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
 
     def text(self):
         return self.buffer.getvalue().decode()
 
 
-def call(*args, stdin=b""):
+def call(*args, terminal=False):
     """The command line in this process: exit code, standard output, lines of standard error."""
-    saved = os.dup(0)
-    with (contextlib.redirect_stdout(Output()) as out, contextlib.redirect_stderr(Output()) as err,
-          tempfile.TemporaryFile() as file):
-        file.write(stdin)
-        file.seek(0)
-        os.dup2(file.fileno(), 0)
+    with (contextlib.redirect_stdout(Output(terminal)) as out,
+          contextlib.redirect_stderr(Output(terminal)) as err):
         try:
             code = V.main([str(arg) for arg in args])
         except SystemExit as stop:
             code = stop.code
-        finally:
-            for thread in threading.enumerate():
-                if "receive" in thread.name:  # it would read the next test's standard input
-                    thread.join(60)
-            os.dup2(saved, 0)
-            os.close(saved)
-    return code, out.text(), err.text().splitlines()
+    return code, out.text(), re.split(r"[\r\n]+", err.text().rstrip()) if err.text() else []
 
 
 # ------------------------------------------------------------------------------------- spectrogram
@@ -405,7 +399,7 @@ def test_carry_lets_a_kernel_move_over_the_whole_signal(kernel, stride, chunk, s
     x = rng.randn(2, 61, *shape).astype(np.float32)  # two recordings
     padded = np.concatenate([np.zeros((2, kernel - 1, *shape), np.float32), x], axis=1)
     expected = [padded[:, i : i + kernel].tolist() for i in range(0, 61, stride)]
-    carry = V.Carry(kernel, stride, zeros=kernel - 1)
+    carry = V.Carry(stride, kernel - stride, zeros=kernel - 1)
     got = []
     start = 0
     while start < 61:
@@ -632,7 +626,7 @@ def script(stream, *rows):
     class Scripted:
         spectrogram = stream._model.spectrogram
         encoder_args = stream._model.encoder_args
-        step_mel_frames = stream._model.step_mel_frames
+        factor = stream._model.factor
         embed_audio = stream._model.embed_audio
 
         def __call__(self, ids, audio_embeds, scales, caches):
@@ -728,7 +722,7 @@ def test_times_do_not_count_the_silence_of_flush(loaded, noise):
         ends += [heard * 0.08] * 13  # two steps of delay and 11
         assert stream.transcripts[0].until == heard * 0.08
     stream.finish()
-    assert len(stream.tokens) == len(ends) - 2 and stream.transcripts[0].until == math.inf
+    assert len(stream.tokens) == len(ends) - 2
     assert [word.end for word in stream.words] == [round(end, 3) for end in ends[:-3:2]]
 
 

@@ -41,7 +41,7 @@ place by cross-attention. Voxtral Realtime is a stream, by three differences:
             network turns the delay into a scale inside each decoder layer.
 
 So a file is a stream that arrives at once, and all sound takes one path, `Stream._run`, live or
-whole, one recording or several in lockstep. Words that have one meaning in this file:
+whole, one recording or several in lockstep. Words used throughout:
 
   mel frame       one column of the spectrogram, 10 ms
   encoder frame   20 ms
@@ -58,14 +58,12 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import contextlib
 import html
 import json
 import math
 import os
 import queue
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -114,7 +112,7 @@ class Spectrogram:
 
     num_mel_bins: int = 128  # up to half the sampling rate, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
-    window_size: int = 400  # samples of a mel frame: 25 ms
+    window_size: int = 400  # samples that a mel frame is computed from: 25 ms
     global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
 
     def mel_frames(self, samples: mx.array) -> mx.array:
@@ -138,9 +136,9 @@ class Spectrogram:
 
 
 # --------------------------------------------------------------------------------------- attention
-# What encoder and decoder share. Activations are rows [B * T, D], and only attention and the
-# convolutions need [B, T, ...]. A product of [B, T, D] would reshape twice, which is 14 % of a bf16
-# step on a GPU, and CUDA's quantised product of [B, 1, D] would read its weights B times.
+# What encoder and decoder share. Activations are rows [B * T, D], which attention folds. With
+# [B, T, D] MLX would reshape to rows and back around each product (14 % of a bf16 step on a GPU),
+# and its quantised product on CUDA would read the weights B times.
 
 
 @dataclass(frozen=True)
@@ -158,32 +156,26 @@ class TransformerArgs:
     norm_eps: float
 
 
-@lru_cache(maxsize=4)  # all layers ask for the same mask
-def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
-    """Mask [T, size] for queries at positions start, start + 1, ... and `size` keys from 0 on.
+class Attention(nn.Module):
+    """Self-attention over a sliding window, with grouped queries."""
 
-    Query i sees keys i - window + 1 .. i. The mask is added to the scores. It is finite, as a
-    fused kernel that first meets a block of hidden keys would make NaN of -inf.
-    """
-    back = np.arange(start, start + T)[:, None] - np.arange(size)  # from query to key
-    hidden = (back < 0) | (back >= window)
-    return mx.array(np.where(hidden, mx.finfo(dtype).min, 0), dtype)
+    def __init__(self, args: TransformerArgs, bias: bool):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.q_proj = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=bias)
+        self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.v_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
+        self.o_proj = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=bias)
 
-
-def buffer_size(kept: int, T: int, window: int) -> int:
-    """How many positions a new buffer of the cache holds, with `kept` old and T new ones in it.
-
-    Sizes double, 255, 511, ..., up to the window. A full window keeps window - 1 positions, and
-    has a quarter of a window to spare, or each step would renew the buffer. Sizes are few, since
-    MLX on CUDA plans kernels for each; and odd, since MLX 0.32 on CUDA computes wrong numbers from
-    a view that begins inside of a buffer whose size is a multiple of 256.
-    """
-    size = 255
-    while size < kept + T:
-        size = 2 * size + 1
-    if size >= window:
-        size = window - 1 + max(T, window // 4, 256)
-    return size | 1  # the next odd number
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        """Rows [B * T, D] -> rows; the cache knows B."""
+        shape = (cache.batch, len(x) // cache.batch, -1, self.head_dim)  # [B, T, heads, head_dim]
+        q = self.q_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_heads, T, head_dim]
+        k = self.k_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
+        v = self.v_proj(x).reshape(shape).swapaxes(1, 2)
+        q, k, v, mask = cache.update(q, k, v)  # q and k rotated, k and v with the past
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(out.swapaxes(1, 2).reshape(len(x), -1))
 
 
 class KVCache:
@@ -191,7 +183,7 @@ class KVCache:
 
     They are appended to a buffer in place, and a position is an index into the buffer. When it is
     full, a new one begins with the last `window - 1` entries, whose keys are rotated anew. That
-    changes nothing, as attention depends on distances alone, and keeps positions small for days.
+    changes nothing, as attention depends on distances alone, and positions stay small.
     """
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
@@ -211,7 +203,7 @@ class KVCache:
         """Append T positions [B, heads, T, head_dim] -> rotated q, keys, values, mask [T, size]."""
         T = k.shape[2]
         if self.keys is None:
-            self.keys = k[:, :, :0]
+            self.keys = k[:, :, :0]  # empty
             self.values = v[:, :, :0]
         if self.length + T > self.keys.shape[2]:
             self.renew(T)
@@ -240,30 +232,35 @@ class KVCache:
         widths = [(0, 0), (0, 0), (0, room), (0, 0)]
         self.keys = mx.pad(keys, widths)
         self.values = mx.pad(values, widths)
-        if self.length and self.batch > 1:  # free the old ones before the next layer's are made
+        if self.length and self.batch > 1:  # free the old before the next layer makes new ones
             mx.eval(self.keys, self.values)
 
 
-class Attention(nn.Module):
-    """Self-attention over a sliding window, with grouped queries."""
+def buffer_size(kept: int, T: int, window: int) -> int:
+    """The size of a new buffer of the cache, for `kept` old and T new positions.
 
-    def __init__(self, args: TransformerArgs, bias: bool):
-        super().__init__()
-        self.head_dim = args.head_dim
-        self.q_proj = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=bias)
-        self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.v_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=bias)
-        self.o_proj = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=bias)
+    It doubles up to the window; from there on, a quarter of a window to spare makes renewals rare.
+    Sizes are few, as MLX on CUDA plans kernels for each; and odd, as MLX 0.32 on CUDA computes
+    wrong numbers from a view inside of a buffer whose size is a multiple of 256.
+    """
+    size = 255
+    while size < kept + T:
+        size = 2 * size + 1
+    if size >= window:
+        size = window - 1 + max(T, window // 4, 256)
+    return size | 1  # the next odd number
 
-    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        """Rows [B * T, D] -> rows; the cache knows B."""
-        shape = (cache.batch, len(x) // cache.batch, -1, self.head_dim)  # [B, T, heads, head_dim]
-        q = self.q_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_heads, T, head_dim]
-        k = self.k_proj(x).reshape(shape).swapaxes(1, 2)  # [B, n_kv_heads, T, head_dim]
-        v = self.v_proj(x).reshape(shape).swapaxes(1, 2)
-        q, k, v, mask = cache.update(q, k, v)  # q and k rotated, k and v with the past
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5, mask=mask)
-        return self.o_proj(out.swapaxes(1, 2).reshape(len(x), -1))
+
+@lru_cache(maxsize=4)  # all layers ask for the same mask
+def window_mask(start: int, T: int, size: int, window: int, dtype: mx.Dtype) -> mx.array:
+    """Mask [T, size] for queries at positions start, start + 1, ... and `size` keys from 0 on.
+
+    Query i sees keys i - window + 1 .. i. The mask is added to the scores. It is finite: -inf makes
+    NaN in a fused kernel whose first block of keys is hidden.
+    """
+    back = np.arange(start, start + T)[:, None] - np.arange(size)  # from query to key
+    hidden = (back < 0) | (back >= window)
+    return mx.array(np.where(hidden, mx.finfo(dtype).min, 0), dtype)
 
 
 swiglu = mx.compile(lambda gate, up: nn.silu(gate) * up, shapeless=True)  # as one kernel
@@ -283,7 +280,7 @@ class SwiGLU(nn.Module):
 
 
 class DelayScale(nn.Module):
-    """1 + ada(t): what the delay makes of a decoder layer's ffn_norm (the report's Ada RMSNorm)."""
+    """1 + ada(t): the delay scales a decoder layer's ffn_norm (the report's Ada RMSNorm)."""
 
     def __init__(self, dim: int, inner_dim: int):
         super().__init__()
@@ -304,11 +301,11 @@ class Block(nn.Module):
         self.attention = Attention(args, bias)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.mlp = SwiGLU(args, bias)
-        if ada_dim:  # computes `scale`, in Voxtral.scales: the delay of a stream does not change
+        if ada_dim:  # called once for a stream, by Voxtral.scales
             self.ada_norm = DelayScale(args.dim, ada_dim)
 
     def __call__(self, x: mx.array, cache: KVCache, scale: mx.array | None = None) -> mx.array:
-        """Rows [B * T, D] -> rows; `scale` [1, D], in the decoder, is 1 + ada(t)."""
+        """Rows [B * T, D] -> rows. Only the decoder has a scale [1, D]."""
         x = x + self.attention(self.attn_norm(x), cache)
         h = self.ffn_norm(x)
         if scale is not None:
@@ -321,35 +318,33 @@ class Block(nn.Module):
 
 @dataclass
 class Carry:
-    """What a kernel that moves along a signal still needs of the signal's past.
+    """The end of a signal, which a kernel that moves along it needs again with the next inputs.
 
-    After n moves the kernel stands at input n * stride, so everything from there on is kept.
-    Example with kernel 3, stride 2 and inputs x0 x1 x2 x3: it has seen x0-x2 and stands at x2, so
-    x2 and x3 are kept until x4 arrives.
+    The kernel covers stride + overlap inputs. Example with stride 2, overlap 1 and x0 x1 x2 x3: it
+    has seen x0-x2 and stands at x2, so x2 and x3 are kept until x4 arrives.
     """
 
-    kernel: int  # inputs that it covers
-    stride: int  # by how many it moves, at most `kernel`
-    zeros: int  # in front of the signal; kernel - stride of them make it causal
+    stride: int  # by how many inputs the kernel moves
+    overlap: int  # how many it sees again
+    zeros: int  # in front of the signal: `overlap` make the kernel causal
     rest: Any = None  # [B, n, ...]
 
     def __call__(self, x: mx.array) -> mx.array:
-        """The next inputs [B, n, ...] -> the inputs [B, m, ...] that the kernel can move over."""
+        """The next inputs [B, n, ...] -> those of m moves [B, m * stride + overlap, ...]."""
         if self.rest is None:
             self.rest = mx.zeros((len(x), self.zeros, *x.shape[2:]), x.dtype)
         x = mx.concatenate([self.rest, x], axis=1)
-        moves = max(0, (x.shape[1] - self.kernel) // self.stride + 1)
-        covered = (moves - 1) * self.stride + self.kernel if moves else 0
-        self.rest = x[:, moves * self.stride :]
-        return x[:, :covered]
+        end = (x.shape[1] - self.overlap) // self.stride * self.stride
+        self.rest = x[:, end:]
+        return x[:, : end + self.overlap]
 
 
 class EncoderState:
     """What the encoder remembers of B recordings between two calls."""
 
     def __init__(self, args: TransformerArgs, batch: int = 1):
-        self.conv1 = Carry(kernel=3, stride=1, zeros=2)
-        self.conv2 = Carry(kernel=3, stride=2, zeros=1)
+        self.conv1 = Carry(stride=1, overlap=2, zeros=2)
+        self.conv2 = Carry(stride=2, overlap=1, zeros=1)
         self.caches = [KVCache(args, batch) for _ in range(args.n_layers)]
 
 
@@ -388,7 +383,7 @@ class Adapter(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A language model, but its inputs are not ids: they are sums of two embeddings."""
+    """A language model whose inputs are sums of embeddings, see Voxtral.__call__."""
 
     def __init__(self, args: TransformerArgs, vocab_size: int, ada_dim: int):
         super().__init__()
@@ -403,7 +398,7 @@ class Decoder(nn.Module):
         for layer, scale, cache in zip(self.layers, scales, caches):
             x = layer(x, cache, scale)
         last = self.norm(x.reshape(B, T, D)[:, -1])  # [B, D]
-        return self.embed_tokens.as_linear(last)  # the output is tied to the embedding
+        return self.embed_tokens.as_linear(last)  # tied: the embedding makes the logits, too
 
 
 def read_args(cls: Any, config: dict) -> Any:
@@ -419,15 +414,14 @@ class Voxtral(nn.Module):
         whisper = config["multimodal"]["whisper_model_args"]
         encoder = whisper["encoder_args"]
         encoder = {"n_kv_heads": encoder["n_heads"], **encoder}  # params.json may leave it out
-        factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames of a step: 4
-        self.step_mel_frames = 2 * factor  # mel frames of a step: 8
+        self.factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames a step: 4
         self.spectrogram = read_args(Spectrogram, encoder["audio_encoding_args"])
-        if self.spectrogram.hop_length * self.step_mel_frames != STEP:
+        if self.spectrogram.hop_length * 2 * self.factor != STEP:
             raise ValueError(f"a step is not {STEP} samples")
         self.encoder_args = read_args(TransformerArgs, encoder)
         self.decoder_args = read_args(TransformerArgs, config)
         self.encoder = Encoder(self.encoder_args, self.spectrogram.num_mel_bins)
-        self.adapter = Adapter(self.encoder_args.dim, self.decoder_args.dim, factor)
+        self.adapter = Adapter(self.encoder_args.dim, self.decoder_args.dim, self.factor)
         self.language_model = Decoder(
             self.decoder_args, config["vocab_size"], config["ada_rms_norm_t_cond_dim"])
 
@@ -444,7 +438,7 @@ class Voxtral(nn.Module):
 
     def embed_audio(self, mel: mx.array, state: EncoderState) -> mx.array:
         """The next mel frames [B, F, C], F a multiple of 8 -> audio embeddings [B, F / 8, D]."""
-        assert mel.shape[1] % self.step_mel_frames == 0, f"{mel.shape[1]} mel frames: no steps"
+        assert mel.shape[1] % (2 * self.factor) == 0, "not whole steps"
         x = self.adapter(self.encoder(mel.astype(self.dtype), state))  # rows [B * F / 8, D]
         return x.reshape(len(mel), -1, x.shape[1])
 
@@ -499,8 +493,8 @@ class Transcript:
         self._tokenizer = tokenizer
         self._word_id = tokenizer.get_special_token("[STREAMING_WORD]")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
-        self._word_end: float | None = None  # of a word whose text has not begun, in seconds
-        self._least = 1.0  # probability of a token since the last [STREAMING_WORD]
+        self._word_end: float | None = None  # in seconds, of a word that has no text yet
+        self._least = 1.0  # of the probabilities since the last [STREAMING_WORD]
 
     def __str__(self) -> str:
         return self.text
@@ -519,16 +513,14 @@ class Transcript:
 
     def extend(self, other: Transcript, start: float, end: float) -> None:
         """Take the transcript of a piece of the recording, from `start` to `end` seconds."""
-        for k, token in enumerate(other.tokens):
-            until = start + (k + 1) * STEP / SAMPLE_RATE
-            self.append(token, min(until, end), other.probabilities[k])
+        for k, (token, probability) in enumerate(zip(other.tokens, other.probabilities)):
+            self.append(token, min(start + (k + 1) * STEP / SAMPLE_RATE, end), probability)
         self.close()
 
     def close(self) -> None:
         """No more tokens: half a character becomes U+FFFD, and a word without text is none."""
         self._write(self._utf8.decode(b"", final=True))
         self._word_end = None
-        self.until = math.inf
 
     def _write(self, text: str) -> None:
         """Append text to the word that was announced, else to the last word."""
@@ -551,12 +543,12 @@ class Transcript:
 def piece_size(steps: int, model: Voxtral, batch: int) -> int:
     """How many of `steps` go through the encoder at once.
 
-    At most two windows of attention on a GPU, one on a CPU, shared by the recordings: more takes
-    more time. The rest goes in powers of two, since MLX on CUDA plans kernels for each shape.
+    Two windows of attention, shared by the recordings, are the fastest on a GPU, one on a CPU. The
+    rest goes in powers of two, since MLX on CUDA plans kernels for each shape.
     """
     windows = 2 if mx.default_device() == mx.gpu else 1
     encoder_frames = windows * model.encoder_args.sliding_window // batch
-    most = max(16, 2 * encoder_frames // model.step_mel_frames)  # 2 mel frames an encoder frame
+    most = max(16, encoder_frames // model.factor)  # steps
     return most if steps >= most else 1 << (steps.bit_length() - 1)
 
 
@@ -566,8 +558,7 @@ class Stream:
     `delay_ms`, one of DELAYS_MS, is how long the model listens on before it commits itself
     (default: tekken.json's, 480). `temperature` 0 takes the likeliest token. `text`, `words` and
     `tokens` grow, and all but the last word are final. Any thread may call: a call waits for the
-    one that runs. Raises VoxtralError for what is out of range. `lengths` and `progress` are for
-    transcribe_batch.
+    one that runs. `lengths` and `progress` are for transcribe_batch.
     """
 
     def __init__(self, model: Voxtral, tokenizer: Any, *, delay_ms: float | None = None,
@@ -580,6 +571,8 @@ class Stream:
         self.lengths = list(lengths)  # of each recording, in samples; infinite while it goes on
         self.transcripts = [Transcript(tokenizer) for _ in self.lengths]
         self.ended = [length == 0 for length in self.lengths]  # no sound has no words
+        self.words = self.transcripts[0].words
+        self.tokens = self.transcripts[0].tokens
         self._lock = threading.RLock()
         self._model = model
         self._temperature = temperature
@@ -588,17 +581,17 @@ class Stream:
         self._delay = tokenizer.audio.get_num_delay_tokens(delay_ms)  # steps
         self._right_pad = tokenizer.audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10 steps
         left_pad = tokenizer.audio.n_left_pad_tokens  # steps of silence: 32
-        # Two clocks, in samples. Silence that flush puts in makes steps, but it takes no time.
-        self._fed = 0  # with that silence: where steps end, and a recording
+        # Two clocks, in samples: the silence of a flush makes steps, but takes no time.
+        self._fed = 0  # with it: steps and `lengths`
         self._heard = 0  # without it: the times of words
-        self._flushed = 0  # what `_heard` was at the last flush
-        self._times: deque[float] = deque()  # in seconds, what each token to come speaks up to
-        self._decoded = 0.0  # seconds that the tokens so far speak about
+        self._flushed = 0  # `_heard` at the last flush
+        self._times: deque[float] = deque()  # in seconds, for token k: `_heard` when step k ended
+        self._decoded = 0.0  # the last of them that was taken
         # The encoder. Mel frames are centred: those of a step reach 200 samples back, 40 ahead.
         B = len(self.lengths)
-        frame = model.spectrogram.window_size
-        self._overlap = frame - model.spectrogram.hop_length
-        self._samples = Carry(STEP + self._overlap, STEP, zeros=frame // 2 + left_pad * STEP)
+        size = model.spectrogram.window_size
+        self._overlap = size - model.spectrogram.hop_length
+        self._samples = Carry(STEP, self._overlap, zeros=size // 2 + left_pad * STEP)
         self._encoder_state = EncoderState(model.encoder_args, B)
         # The decoder. The ids that go in next are at first the whole prompt, then the last token.
         pads = [tokenizer.get_special_token("[STREAMING_PAD]")] * (left_pad + self._delay)
@@ -612,17 +605,6 @@ class Stream:
     @property
     def text(self) -> str:
         return self.transcripts[0].text
-
-    @property
-    def words(self) -> list[Word]:
-        return self.transcripts[0].words
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.transcripts[0].tokens
-
-    def __str__(self) -> str:
-        return self.text
 
     def feed(self, samples: np.ndarray) -> str:
         """Take the next samples [n] and return the text that they made possible, often none."""
@@ -647,8 +629,8 @@ class Stream:
             before = len(self.text)
             self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends
             self.flush()
-            half = self._model.spectrogram.window_size // 2  # the last mel frame still lacks them
-            self._run(np.zeros((len(self.lengths), half), np.float32), silent=True)
+            # The last mel frame still lacks 40 samples.
+            self._run(np.zeros((len(self.lengths), self._overlap), np.float32), silent=True)
             for transcript in self.transcripts:
                 transcript.close()
             self.ended = [True] * len(self.ended)
@@ -658,22 +640,21 @@ class Stream:
         """The one path: samples [B, n] -> mel frames -> audio embeddings -> tokens -> text."""
         before = len(self.text)
         n = samples.shape[1]
-        pace = 0 if silent else 1
-        for end in range(STEP - self._fed % STEP, n + 1, STEP):  # where a step ends in samples
-            self._times.append((self._heard + pace * end) / SAMPLE_RATE)
-        self._heard += pace * n
+        for end in range(STEP - self._fed % STEP, n + 1, STEP):  # after so many, a step ends
+            self._times.append((self._heard + (0 if silent else end)) / SAMPLE_RATE)
+        self._heard += 0 if silent else n
         self._fed += n
 
         self._encode(mx.array(samples))
         self._decode()
-        # Evaluate what is kept, too: the next call may come from another thread.
+        # Evaluate what is kept: the next call may come from another thread.
         state = self._encoder_state
         mx.eval(self._samples.rest, state.conv1.rest, state.conv2.rest, self._audio_embeds)
         return self.text[before:]
 
     def _encode(self, samples: mx.array) -> None:
         """Samples [B, n] -> audio embeddings of the steps that are complete."""
-        x = self._samples(samples)  # [B, steps * STEP + overlap], or none
+        x = self._samples(samples)  # [B, steps * STEP + overlap]
         audio_embeds = [self._audio_embeds]
         while steps := x.shape[1] // STEP:
             n = piece_size(steps, self._model, len(x)) * STEP
@@ -686,22 +667,18 @@ class Stream:
 
     def _decode(self) -> None:
         """Generate the tokens that the audio embeddings allow: prefill, then one in each step."""
-        last: Any = None
-        start = 0
-        end = self._ids.shape[1]  # the prompt takes as many steps as it has tokens; later it is one
-        while not all(self.ended) and end <= self._audio_embeds.shape[1]:
-            audio_embeds = self._audio_embeds[:, start:end]
-            logits = self._model(self._ids, audio_embeds, self._scales, self._caches)
+        unread: Any = None  # the newest ids and probabilities, which the GPU still computes
+        while not all(self.ended) and self._ids.shape[1] <= self._audio_embeds.shape[1]:
+            T = self._ids.shape[1]  # all of the prompt in the prefill, then 1
+            logits = self._model(self._ids, self._audio_embeds[:, :T], self._scales, self._caches)
+            self._audio_embeds = self._audio_embeds[:, T:]
             self._ids, probabilities = self._choose(logits.astype(mx.float32))
             mx.async_eval(self._ids, probabilities)
-            if last:  # read the tokens before while the GPU computes these
-                self._append(*last)
-            last = self._ids, probabilities
-            start = end
-            end += 1
-        if last:
-            self._append(*last)
-        self._audio_embeds = self._audio_embeds[:, start:]
+            if unread:
+                self._append(*unread)
+            unread = self._ids, probabilities
+        if unread:
+            self._append(*unread)
 
     def _choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Logits [B, vocabulary] -> the next ids and their probabilities, both [B, 1]."""
@@ -714,19 +691,17 @@ class Stream:
     def _append(self, ids: mx.array, probabilities: mx.array) -> None:
         """Give each recording its next token."""
         self._decoded = self._times.popleft()
-        # Read all at once: a slice of an array would be computed after the step just submitted.
+        # Read whole arrays: a slice would be computed behind the step that was just submitted.
         rows: Any = zip(ids.tolist(), probabilities.tolist())  # type: ignore[arg-type]
         for i, ([token], [probability]) in enumerate(rows):
             transcript = self.transcripts[i]
-            length = self.lengths[i]
-            heard = (len(transcript.tokens) + self._delay) * STEP  # before the step of this token
-            # The end of sequence is a token like any other until the recording is over.
-            ended_itself = token == self._eos_id and heard >= length
-            drained = heard >= length + self._right_pad * STEP
-            if ended_itself or drained:
+            # How many samples behind the recording's end the step of this token begins. Before it,
+            # the end of sequence is a token like any other.
+            past = (len(transcript.tokens) + self._delay) * STEP - self.lengths[i]
+            if past >= self._right_pad * STEP or (past >= 0 and token == self._eos_id):
                 self.ended[i] = True
             if not self.ended[i]:
-                until = min(self._decoded, length / SAMPLE_RATE)
+                until = min(self._decoded, self.lengths[i] / SAMPLE_RATE)
                 transcript.append(token, until, round(probability, 4))
         self._progress(self._decoded)
 
@@ -734,11 +709,11 @@ class Stream:
 def transcribe_batch(model: Voxtral, tokenizer: Any, recordings: Iterable[np.ndarray], *,
                      delay_ms: float = DELAYS_MS[-1], temperature: float = 0.0,
                      progress: Callable[[float], Any] | None = None) -> list[Transcript]:
-    """Transcribe recordings in lockstep: decoding is bound by reading the weights, which they share.
+    """Transcribe recordings in lockstep: decoding is bound by reading weights, which they share.
 
     Each is 16 kHz mono samples [n] and ends where it would end alone. Latency does not matter here,
     so the delay is the longest. `progress` is called with the seconds decoded so far, and what it
-    raises ends the work. Raises VoxtralError as Stream does.
+    raises ends the work.
     """
     samples = [as_samples(recording) for recording in recordings]
     if not samples:
@@ -764,7 +739,7 @@ def transcribe(model: Voxtral, tokenizer: Any, samples: np.ndarray, *,
 # The weights are published in four layouts, which differ in names: Mistral's original, mlx-audio's,
 # transformers', and the one that voxmlx converts to ("converted"), whose names our modules have.
 
-PREFIXES = {  # how a name begins: theirs, ours
+PREFIXES = {  # theirs: ours; each is applied to what those before it have made
     # Mistral's original
     "mm_streams_embeddings.embedding_module.": "",
     "mm_whisper_embeddings.": "",
@@ -774,8 +749,7 @@ PREFIXES = {  # how a name begins: theirs, ours
     "audio_language_projection.0.": "adapter.w_in.",
     "audio_language_projection.2.": "adapter.w_out.",
     "tok_embeddings.": "language_model.embed_tokens.",
-    "layers.": "language_model.layers.",
-    "norm.": "language_model.norm.",
+    "layers.": "language_model.layers.", "norm.": "language_model.norm.",
     # mlx-audio's
     "encoder.conv_layers_0_conv.conv.": "encoder.conv1.",
     "encoder.conv_layers_1_conv.conv.": "encoder.conv2.",
@@ -793,10 +767,7 @@ PREFIXES = {  # how a name begins: theirs, ours
 }
 PARTS = {  # of a layer: ours, and theirs in any layout
     "attention": "self_attn",
-    "q_proj": "wq",
-    "k_proj": "wk",
-    "v_proj": "wv",
-    "o_proj": "wo",
+    "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
     "attn_norm": "attention_norm self_attn_layer_norm input_layernorm",
     "ffn_norm": "final_layer_norm post_attention_layernorm",
     "mlp.gate_proj": "feed_forward.w1 feed_forward_w1",
@@ -832,9 +803,7 @@ def params_section(theirs: dict) -> dict:
 def read_config(folder: Path) -> dict:
     """The configuration of a checkpoint, in the form of params.json."""
     path = folder / "params.json"
-    if not path.exists():
-        path = folder / "config.json"
-    config = json.loads(path.read_bytes())
+    config = json.loads((path if path.exists() else folder / "config.json").read_bytes())
     if "multimodal" in config:  # Mistral's form, which the converted layout keeps
         return config
     if "encoder_args" in config:  # mlx-audio's
@@ -879,7 +848,7 @@ def read_weights(folder: Path, model: Voxtral) -> dict[str, mx.array]:
                 raise ValueError(f"{name} comes twice")
             if w.ndim == 3 and w.shape[2] == 3:  # PyTorch's convolutions: [out, in, kernel]
                 w = w.swapaxes(1, 2)
-            if re.search(r"self_attn\.[qk]_proj", theirs):
+            if re.search(r"self_attn\.[qk]_proj", theirs):  # only transformers has these names
                 args = model.encoder_args if name.startswith("encoder") else model.decoder_args
                 w = interleave_halves(w, args.head_dim)
             weights[name] = w
@@ -887,10 +856,7 @@ def read_weights(folder: Path, model: Voxtral) -> dict[str, mx.array]:
 
 
 def interleave_halves(w: mx.array, head_dim: int) -> mx.array:
-    """Reorder transformers' rows of q or k [heads * head_dim, ...].
-
-    There rows i and i + head_dim / 2 of a head are rotated together, here neighbours are.
-    """
+    """Rows of q or k: transformers rotates i and i + head_dim / 2 together, we neighbours."""
     halves = w.reshape(-1, 2, head_dim // 2, *w.shape[1:])
     return halves.swapaxes(1, 2).reshape(w.shape)
 
@@ -903,11 +869,11 @@ def quantisation(path: str, module: Any, weights: dict[str, mx.array]) -> dict |
         raise ValueError(f"{path}.weight is {weight.dtype}: neither floats nor MLX's quantised")
     if not quantised:
         return False
-    inputs = module.weight.shape[-1]  # packed into words of 32 bits; each group has a scale
-    bits = weight.shape[-1] * 32 // inputs
-    group = inputs // weights[f"{path}.scales"].shape[-1]
-    mode = f"nvfp{bits}" if group == 16 else f"mxfp{bits}"  # these have no biases
-    if f"{path}.biases" in weights:
+    inputs = module.weight.shape[-1]
+    bits = weight.shape[-1] * 32 // inputs  # packed into words of 32 bits
+    group = inputs // weights[f"{path}.scales"].shape[-1]  # each group has a scale
+    mode = f"nvfp{bits}" if group == 16 else f"mxfp{bits}"
+    if f"{path}.biases" in weights:  # only affine ones have them
         mode = "affine"
     return {"group_size": group, "bits": bits, "mode": mode}
 
@@ -916,7 +882,7 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = N
                        lazy: bool = False) -> tuple[Voxtral, Any, dict]:
     """Load a folder in any of the four layouts, or a hub id, which is downloaded.
 
-    `dtype` is the type to compute in (as an mx.Dtype or its name; default: the weights'). `lazy`
+    `dtype`, an mx.Dtype or its name, is the type to compute in (default: the weights'). `lazy`
     weights are read when they are used. Returns the model, mistral-common's tokenizer and the
     content of params.json. Raises VoxtralError, or RuntimeError without memory.
     """
@@ -934,16 +900,16 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = N
         what = "tekken.json"
         tokenizer = Tekkenizer.from_file(folder / what)
         audio: Any = tokenizer.audio
-        theirs = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
-        if not audio.is_streaming or theirs != (config["vocab_size"], SAMPLE_RATE, STEP):
-            raise ValueError(f"vocabulary, sampling rate, samples per token: {theirs}")
-    except Exception as error:  # whatever trips over the files, it is they that are wrong
+        found = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
+        if not audio.is_streaming or found != (config["vocab_size"], SAMPLE_RATE, STEP):
+            raise ValueError(f"vocabulary, sampling rate, samples a token: {found}")
+    except Exception as error:  # of several libraries, for whatever is wrong with the files
         why = textwrap.shorten(f"{type(error).__name__}: {error}".replace(f"{folder}/", ""), 200)
         raise VoxtralError(f"{folder}: its {what}: missing, damaged or not those of Voxtral Mini"
                            f" 4B Realtime ({why})") from error
     if isinstance(dtype, str):
         dtype = getattr(mx, dtype)
-    model.set_dtype(dtype or model.dtype)  # one type: after a norm in float32 all would be float32
+    model.set_dtype(dtype or model.dtype)  # or one norm in float32 would make all float32
     if mx.default_device() == mx.cpu:
         lay_out_for_cpu(model)
     if not lazy:
@@ -973,7 +939,7 @@ def download_weights(model_id: str) -> Path:
             if any(folder.glob(files)):
                 break
         return folder
-    except Exception as error:  # no such repository, another model, no network, no space, ...
+    except Exception as error:  # likewise
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise VoxtralError(f"{model_id}: no such folder, and no Voxtral Mini 4B Realtime could be"
                            f" downloaded ({why})") from error
@@ -981,261 +947,207 @@ def download_weights(model_id: str) -> Path:
 
 # ------------------------------------------------------------------------------------------- audio
 
-FFMPEG = ["ffmpeg", "-nostdin", "-v", "error"]
-# Time stamps jump where files were joined, so count samples; fill up sound that begins later than
-# its picture; average channels.
-FILTER = "asetpts=STARTPTS+N/SR/TB,aresample=16000:async=1:first_pts=0:rematrix_maxval=1"
-TO_16K = ["-af", FILTER, "-ac", "1"]
-PCM_16K = b"WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0"  # a WAV of 16-bit mono samples
-FILE = re.compile(rb"(?s)RIFF|RF64|FORM|caff|\.snd|OggS|fLaC|ID3|\xff[\xe2-\xfb][\x10-\xef]|"
-                  rb".{4}ftyp|\x1aE\xdf\xa3|[\t\n\r -~]{12}")  # so files begin, or a text
+# Count samples, as time stamps jump where files were joined; average all channels, up to 64; begin
+# with silence where the picture begins before the sound.
+FILTER = ("asetpts=STARTPTS+N/SR/TB,pan=mono|c0<" + "+".join(f"c{i}" for i in range(64))
+          + ",aresample=16000:async=1:first_pts=0")
 
 
-def load_audio(path: str | Path) -> np.ndarray:
+def load_audio(path: str | Path, warn: Callable[[str], Any] = warnings.warn) -> np.ndarray:
     """Read the sound of a file as float32 mono samples [n] at 16 kHz, within about -1..1.
 
-    ffmpeg decodes the default track of anything; where it is not installed, libsndfile reads wav,
-    flac, ogg, mp3 and more. Warns of what ffmpeg complains about. Raises VoxtralError for what is
-    no file or holds no sound. Safe in threads.
+    ffmpeg decodes the default track of anything, and `warn` is called with what it complains about;
+    without it, libsndfile reads wav, flac, ogg, mp3 and more. Raises VoxtralError.
     """
+    Path(path)  # raises TypeError for bytes and open files
     if not os.path.isfile(path):
-        raise VoxtralError(f"{path}: no such file; a pipe is read by: python voxtral.py - < {path}")
-    if shutil.which("ffmpeg"):
-        command = [*FFMPEG, "-i", f"file:{path}", *TO_16K, "-f", "f32le", "-"]
-        done = subprocess.run(command, capture_output=True, check=False)
-        samples = np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4).copy()
-        says = done.stderr.decode(errors="replace").replace(f"file:{path}: ", "").partition("\n")[0]
-        if len(samples) and says:
-            warnings.warn(f"{path}: {says}", stacklevel=2)
-    else:
-        import soundfile  # type: ignore[import-untyped]
-        from mistral_common.tokens.tokenizers.audio import Audio
-
-        try:
-            soundfile.info(path)  # refuses a film before all of it is read
-            audio = Audio.from_bytes(Path(path).read_bytes(), strict=False)
-            audio.resample(SAMPLE_RATE)
-        except Exception as error:  # of two libraries, for whatever is wrong with the file
-            raise VoxtralError(f"{path}: {error}; ffmpeg, not installed, may read it") from error
-        samples, says = audio.audio_array, ""
+        folder = f"a folder; name its files: {path}/*"
+        raise VoxtralError(f"{path}: {folder if os.path.isdir(path) else 'no such file'}")
+    samples, says = (decode_by_ffmpeg if shutil.which("ffmpeg") else decode_by_libsndfile)(path)
     if not len(samples):
         raise VoxtralError(f"{path}: {says or 'holds no samples'}")
+    if says:
+        warn(f"{path}: {says}")
     return as_samples(samples)
 
 
-def received(stopped: threading.Event) -> Iterator[np.ndarray]:
-    """Samples from standard input, which a thread receives until it ends or a signal stops it."""
-    if sys.stdin is None or os.isatty(0) or os.path.isdir(0):
-        raise VoxtralError("closed, or a terminal or folder: pipe sound into it")
-    head = b""
-    while len(head) < 120 and (piece := os.read(0, 1 << 16)):
-        head += piece
-    # The thread writes to `sink`, and we read `pieces`: a queue for raw samples, ffmpeg for files.
-    waiting: Any = queue.Queue(1000)
-    sink = waiting.put
-    pieces = iter(waiting.get, b"")
-    if head[8:36] == PCM_16K and b"data" in head:
-        head = head[head.find(b"data") + 8 :]
-    elif FILE.match(head):
-        if not shutil.which("ffmpeg"):
-            raise VoxtralError("not raw samples, and ffmpeg is not installed")
-        # ffmpeg must not wait for more to probe, nor be ended by the Ctrl-C that is for us.
-        child: Any = subprocess.Popen(
-            [*FFMPEG, "-probesize", "32", "-i", "pipe:0", *TO_16K, "-f", "s16le", "-"], bufsize=0,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        pieces = iter(partial(child.stdout.read, 1 << 16), b"")
-        sink = lambda piece: child.stdin.write(piece) if piece else child.stdin.close()
+def decode_by_ffmpeg(path: str | Path) -> tuple[np.ndarray, str]:
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-af", FILTER]
+    done = subprocess.run([*command, "-f", "f32le", "-"], capture_output=True, check=False)
+    says = done.stderr.decode(errors="replace").replace(f"file:{path}: ", "").partition("\n")[0]
+    if not 0 <= done.returncode < 128:
+        says = f"ffmpeg was killed, exit code {done.returncode} {says}"
+    return np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4).copy(), says
+
+
+def decode_by_libsndfile(path: str | Path) -> tuple[np.ndarray, str]:
+    import soundfile  # type: ignore[import-untyped]
+    import soxr  # type: ignore[import-untyped]
+
+    try:
+        with open(path, "rb") as file:
+            channels, rate = soundfile.read(file, dtype="float32", always_2d=True)  # [n, channels]
+        return soxr.resample(channels.mean(axis=1), rate, SAMPLE_RATE), ""
+    except Exception as error:  # of two libraries, for whatever is wrong with the file
+        raise VoxtralError(f"{path}: {error}; ffmpeg, not installed, may read it") from error
+
+
+def standard_input(args: Any) -> Iterator[np.ndarray]:
+    """Raw samples [n], int16, as they come; what ended them too early is left in args.failure."""
+    if sys.stdin is None or os.isatty(0):
+        raise VoxtralError("closed, or a terminal: pipe samples into it")
+    pieces: Any = queue.SimpleQueue()  # of bytes; b"" is the end
+    args.listening = pieces  # a signal puts the end into it
 
     def receive() -> None:
-        with contextlib.suppress(OSError):  # ffmpeg has gone, and has said why
-            sink(head)
-            while not stopped.is_set():
-                if os.name == "nt" or select.select([0], [], [], 0.1)[0]:
-                    if not (piece := os.read(0, 1 << 16)):
-                        break
-                    sink(piece)
-        sink(b"")
+        try:
+            while piece := os.read(0, 1 << 15):
+                pieces.put(piece)
+        except OSError as error:
+            args.failure = VoxtralError(error.strerror)
+        pieces.put(b"")
 
-    def stop(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one leaves at once
-        stopped.set()
+    threading.Thread(target=receive, daemon=True).start()  # so that a microphone never waits
+    data = b""
+    least = 4096  # bytes: enough to tell samples from files
+    piece = None
+    while piece != b"":
+        try:
+            piece = pieces.get(timeout=0.1)  # or a signal would wait for it, too
+        except queue.Empty:
+            continue
+        data += piece
+        late = not pieces.empty() and len(data) <= 96 * STEP  # then take more, up to 64 steps
+        if piece and (late or len(data) < least):
+            continue
+        if least > 1 and not could_be_samples(data[:least]):
+            raise VoxtralError("not raw 16-bit mono 16 kHz samples: name the file, or ffmpeg"
+                               " -i INPUT -f s16le -ac 1 -ar 16000 - | python voxtral.py -")
+        least = 1
+        yield np.frombuffer(data, "<i2", len(data) // 2)
+        data = data[len(data) // 2 * 2 :]
 
-    signal.signal(signal.SIGINT, stop)
-    threading.Thread(target=receive, daemon=True).start()
-    half = b""  # of a sample: a piece may end inside of one
-    for piece in pieces:
-        piece = half + piece
-        half = piece[len(piece) // 2 * 2 :]
-        yield np.frombuffer(piece, "<i2", len(piece) // 2)
+
+def could_be_samples(data: bytes) -> bool:
+    """Compressed data is noise at full scale, if not padded; loud speech is smoother than that."""
+    x = np.frombuffer(data, "<i2", len(data) // 2).astype(float)
+    noise = len(x) > 1 and x.std() > 8000 and np.diff(x).std() > 1.2 * x.std()
+    padded = data.startswith((b"RIFF", b"riff", b"fLaC", b"ID3")) or data[4:8] == b"ftyp"
+    text = data and not data.translate(None, b"\t\r\n" + bytes(range(32, 127)))
+    return not (noise or padded or text)
 
 
 # --------------------------------------------------------------------------------------- subtitles
 
 PAUSE = 5 / 6  # seconds: a longer one ends a cue, and a cue stays so long if the next one allows
 SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)」』]*\s*$")
-# A character that is two columns wide, with the punctuation behind it: a line may end there.
-WIDE = "([\u2e80-\ud7ff\uf900-\ufaff\ufe30-\ufe6f\uff01-\uff60\U0001f000-\U0003ffff][^\\w\\s]*)"
 
 
 def wrap(text: str) -> list[str]:
-    """Lines of at most 42 columns. To textwrap, a wide character is one with a space behind it."""
-    text = re.sub(WIDE, r"\1 ", " ".join(text.split()))
-    return [re.sub(f"{WIDE} ", r"\1", line) for line in textwrap.wrap(text, 42)]
+    """Lines of at most 42 columns; Chinese, Japanese and Korean characters take two."""
+    wide = re.search("[\u2e80-\ud7ff\uf900-\ufaff\uff01-\uff60]", text)
+    return textwrap.wrap(" ".join(text.split()), 21 if wide else 42)
 
 
-def subtitles(transcripts: Iterable[Transcript], kind: str) -> Iterator[str]:
-    """The states of a growing transcript -> cues of SubRip ("srt") or WebVTT ("vtt").
+def timestamp(seconds: float) -> str:
+    ms = round(1000 * seconds)
+    return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}.{ms % 1000:03}"
+
+
+def subtitles(words: Iterable[Word], kind: str) -> str:
+    """The words of a transcript as SubRip ("srt") or WebVTT ("vtt"); another kind is refused.
 
     A cue ends at a pause, after a sentence, and within 7 s and two lines of 42 columns.
     """
-    yield "" if kind == "srt" else "WEBVTT\n\n"
-    count = 0
-    first = 0  # word of the next cue
-    for transcript in transcripts:
-        to_come = Word("", transcript.until - WORD_SECONDS, transcript.until)  # or later
-        for i, word in enumerate([*transcript.words[first + 1 :], to_come], first + 1):
-            cue = transcript.words[first:i]
-            text = "".join(other.text for other in cue)
-            full = word.text and (SENTENCE.search(text) or word.end > cue[0].start + 7
-                                  or len(wrap(text + word.text)) > 2)
-            if not cue or not (full or word.start > cue[-1].end + PAUSE):
-                continue
-            first = i
-            start = cue[0].start
-            length = max(cue[-1].end, min(start + PAUSE, word.start)) - start
-            lines = wrap(text)
-            for j in range(0, len(lines), 2):  # several cues, if what is taken for a word is long
-                count += 1
-                times = (start + length * min(1, k / len(lines)) for k in (j, j + 2))
-                # As a date, 1.5 s is 1970-01-01T00:00:01.500.
-                head = " --> ".join(str(np.datetime64(round(1000 * t), "ms"))[11:] for t in times)
-                body = "\n".join(lines[j : j + 2])
-                yield (f"{count}\n{head.replace('.', ',')}\n{body}\n\n" if kind == "srt" else
-                       f"{head}\n{html.escape(body, quote=False)}\n\n")
+    if kind not in ("srt", "vtt"):
+        raise VoxtralError(f"subtitles are srt or vtt, not {kind}")
+    cues: list[list[Word]] = []
+    for word in words:
+        cue = cues[-1] if cues else []
+        text = "".join(other.text for other in cue)
+        if (not cue or SENTENCE.search(text) or word.start > cue[-1].end + PAUSE
+                or word.end > cue[0].start + 7 or len(wrap(text + word.text)) > 2):
+            cues.append([])
+        cues[-1].append(word)
+
+    blocks: list[str] = []
+    end = 0.0
+    for i, cue in enumerate(cues):
+        lines = wrap("".join(word.text for word in cue))
+        start = max(cue[0].start, end)
+        following = cues[i + 1][0].start if i + 1 < len(cues) else math.inf
+        # The last words may take no time, but a cue does.
+        end = max(cue[-1].end, min(start + PAUSE, following), start + 0.05 * len(lines))
+        for j in range(0, len(lines), 2):  # several cues, if what is taken for a word is long
+            a, b = (timestamp(start + (end - start) * min(1, k / len(lines))) for k in (j, j + 2))
+            times = f"{a} --> {b}"
+            body = "\n".join(lines[j : j + 2])
+            if kind == "vtt":
+                blocks.append(f"{times}\n{html.escape(body, quote=False)}\n\n")
+            else:
+                blocks.append(f"{len(blocks) + 1}\n{times.replace('.', ',')}\n{body}\n\n")
+    return ("" if kind == "srt" else "WEBVTT\n\n") + "".join(blocks)
 
 
 # ------------------------------------------------------------------------------------ command line
 
-def complain(error: Any, name: str = "") -> int:
-    """Say in one line what is wrong, and with what; the result is the exit code for it."""
-    why = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    why = " ".join((why if name in why else f"{name}: {why}").split())
-    tqdm.write(f"voxtral.py: {why}", file=sys.stderr)  # above a progress bar
+
+def complain(why: Any, name: str = "") -> int:
+    """Say in one line what is wrong, and with what. Returns the exit code."""
+    why = str(getattr(why, "strerror", None) or why) or type(why).__name__
+    why = why if why.startswith(name) else f"{name}: {why}"
+    tqdm.write(f"voxtral.py: {' '.join(why.split())}", file=sys.stderr)  # above a progress bar
     return 1
 
 
-class CommandLine:
-    """What a command asks for: each recording is loaded, transcribed and written."""
-
-    def __init__(self, args: argparse.Namespace):
-        if not any(name == "-" or os.path.exists(name) for name in args.audio):
-            raise VoxtralError("no such file: " + ", ".join(args.audio))
-        os.makedirs(args.output_dir or ".", exist_ok=True)
-        self.args = args
-        self.code = 0  # to exit with
-        self.stopped = threading.Event()
-        # Where text goes to the terminal, it is the progress. None: no bar in a log.
-        self.no_bar = args.quiet or (sys.stdout.isatty() and not args.output_dir) or None
-        self.model, self.tokenizer, _ = load_voxtral_model(args.model, args.dtype)
-        if mx.metal.is_available():  # macOS would page out weights that are idle; so does mlx-lm
-            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-
-    def run(self) -> int:
-        """Transcribe all recordings; returns the exit code."""
-        if self.args.batch > 1:
-            self.run_batches([name for name in self.args.audio if name != "-"])
-        for name in self.args.audio:
-            if name == "-" or self.args.batch == 1:
-                with self.failures(name):
-                    self.write(name, self.follow(name))
-                mx.clear_cache()
-            if self.stopped.is_set():
-                return 130
-        return self.code
-
-    @contextlib.contextmanager
-    def failures(self, name: str) -> Iterator[None]:
-        """What fails inside is told in one line, and does not stop the other recordings."""
+def run(args: Any) -> int:
+    """Transcribe each recording. Returns the exit code."""
+    if not any(name == "-" or os.path.exists(name) for name in args.audio):
+        raise VoxtralError("no such file: " + ", ".join(args.audio))
+    world = mx.distributed.init()  # under mlx.launch each process takes its share
+    if world.size() > 1 and not args.output_dir:
+        raise VoxtralError("several processes need --output-dir")
+    os.makedirs(args.output_dir or ".", exist_ok=True)
+    model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
+    if mx.metal.is_available():  # keep weights in memory, as mlx-lm does
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    code = 0
+    for name in args.audio[world.rank() :: world.size()]:
         try:
-            yield
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # of writing: where reading fails, it raises VoxtralError
-            self.code = complain(error, str(self.args.paths[name] or "standard output"))
-        except (VoxtralError, RuntimeError, ValueError, MemoryError) as error:
-            self.code = complain(error, "standard input" if name == "-" else name)
+            if name == "-":
+                follow(args, name, standard_input(args), model, tokenizer)
+            else:
+                transcribe_file(args, name, model, tokenizer)
+        except (VoxtralError, RuntimeError, MemoryError) as error:  # the others go on
+            code = complain(error, "standard input" if name == "-" else name)
+        args.listening = None
+        mx.clear_cache()
+    return code
 
-    def follow(self, name: str) -> Iterator[tuple[str, Transcript, float]]:
-        """Transcribe a recording: yields new text, the transcript so far, and the seconds heard."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # standard input had its own
-        if name == "-":
-            pieces: Any = received(self.stopped)
-        else:
-            samples = load_audio(name)
-            pieces = tqdm(np.split(samples, range(64 * STEP, len(samples), 64 * STEP)), name,
-                          unit="s", unit_scale=64 * STEP / SAMPLE_RATE, disable=self.no_bar)
-        stream = Stream(self.model, self.tokenizer, delay_ms=self.args.delay,
-                        temperature=self.args.temperature)
-        seconds = 0.0
-        for piece in pieces:
-            seconds += len(piece) / SAMPLE_RATE
-            yield stream.feed(piece), stream.transcripts[0], seconds
-        if not seconds:
-            raise KeyboardInterrupt if self.stopped.is_set() else VoxtralError("no sound came")
-        yield stream.finish() + "\n", stream.transcripts[0], seconds
 
-    def write(self, name: str, updates: Iterable[tuple[str, Transcript, float]]) -> None:
-        """Write a transcript as it grows; a file of --output-dir appears when it is complete."""
-        texts: Iterable[str] = (text for text, _, _ in updates)
-        if self.args.format == "json":
-            *_, (_, transcript, seconds) = updates
-            record = {"file": name, "model": self.args.model, "delay_ms": self.args.delay,
-                      "duration": seconds, "text": transcript.text, "tokens": transcript.tokens,
-                      "words": [asdict(word) for word in transcript.words]}
-            texts = [json.dumps(record, ensure_ascii=False) + "\n"]
-        elif self.args.format != "text":
-            texts = subtitles((transcript for _, transcript, _ in updates), self.args.format)
-        if path := self.args.paths[name]:
-            part = path.with_name(f".{path.name}.part")
-            part.write_text("".join(texts), "utf-8", "backslashreplace")
-            part.replace(path)
-        else:
-            for text in texts:
-                print(text, end="", flush=True)
-
-    def run_batches(self, names: list[str]) -> None:
-        """Transcribe files, long ones in pieces, --batch pieces at a time."""
-        n = self.args.batch
-        # Similar lengths together: the size of a file stands in for its length.
-        left = sorted(set(names), key=lambda x: os.path.isfile(x) and -os.path.getsize(x))
-        waiting = list(left if self.args.output_dir else names)  # in the order of writing
-        done: dict[str, tuple[str, Transcript, float]] = {}
-        bar = tqdm(total=len(left), unit="file", disable=self.no_bar)
-        while left:
-            pieces: list[tuple[str, np.ndarray]] = []
-            while left and len(pieces) < n:
-                name = left.pop(0)
-                with self.failures(name):
-                    pieces += [(name, piece) for piece in cut_at_pauses(load_audio(name), n)]
-            try:
-                parts = [part for i in range(0, len(pieces), n) for part in transcribe_batch(
-                    self.model, self.tokenizer, [piece for _, piece in pieces[i : i + n]],
-                    delay_ms=self.args.delay, temperature=self.args.temperature)]
-            except (RuntimeError, MemoryError) as error:
-                parts = []
-                for name in dict(pieces):
-                    self.code = complain(f"{error}; a smaller --batch needs less memory", name)
-            for (name, piece), part in zip(pieces, parts):
-                _, whole, start = done.get(name, ("", Transcript(self.tokenizer), 0.0))
-                end = start + len(piece) / SAMPLE_RATE
-                whole.extend(part, start, end)
-                done[name] = (whole.text + "\n", whole, end)
-            while waiting and waiting[0] not in left:
-                name = waiting.pop(0)
-                bar.update()
-                if name in done:
-                    with self.failures(name):
-                        self.write(name, [done.pop(name)])
+def transcribe_file(args: Any, name: str, model: Voxtral, tokenizer: Any) -> None:
+    samples = load_audio(name, complain)
+    pieces = cut_at_pauses(samples, args.batch)
+    # Text that grows on a terminal is progress enough. None: a bar, but not in a log.
+    hidden = args.quiet or (args.grows and len(pieces) == 1 and sys.stdout.isatty()) or None
+    progress = partial(tqdm, desc=os.path.basename(name), disable=hidden,
+                       bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
+    if len(pieces) == 1:
+        source = np.split(samples, range(64 * STEP, len(samples), 64 * STEP))
+        return follow(args, name, progress(source), model, tokenizer)
+    try:
+        with progress(total=max(map(len, pieces)) / SAMPLE_RATE) as bar:
+            parts = transcribe_batch(model, tokenizer, pieces, **args.settings,
+                                     progress=lambda seconds: bar.update(seconds - bar.n))
+    except (RuntimeError, MemoryError) as error:
+        raise VoxtralError(f"{error}; a smaller --batch needs less memory") from error
+    whole = Transcript(tokenizer)
+    end = 0.0
+    for piece, part in zip(pieces, parts):
+        start = end
+        end += len(piece) / SAMPLE_RATE
+        whole.extend(part, start, end)
+    write(args, name, whole, end)
 
 
 def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
@@ -1250,57 +1162,126 @@ def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
     return np.split(samples, [cut * STEP for cut in cuts])
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("voxtral.py", description="Speech to text: Voxtral in MLX.")
+def follow(args: Any, name: str, source: Iterable, model: Voxtral, tokenizer: Any) -> None:
+    """Transcribe samples as they come."""
+    stream = Stream(model, tokenizer, **args.settings)
+    heard = 0
+    try:
+        for samples in source:
+            heard += len(samples)
+            text = stream.feed(samples)
+            if args.grows:
+                print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        if args.grows:
+            print()  # the prompt gets a line of its own
+        raise
+    if not heard:
+        raise args.failure or VoxtralError("no sound came")
+    text = stream.finish()
+    if args.grows:
+        print(text, flush=True)
+    else:
+        write(args, name, stream.transcripts[0], heard / SAMPLE_RATE)
+    if args.failure:
+        raise args.failure
+
+
+def write(args: Any, name: str, transcript: Transcript, seconds: float) -> None:
+    if args.format == "text":
+        text = transcript.text + "\n"
+    elif args.format == "json":
+        record = {"file": name, "model": args.model, "delay_ms": args.delay_ms, "duration": seconds,
+                  "text": transcript.text, "tokens": transcript.tokens,
+                  "words": [asdict(word) for word in transcript.words]}
+        text = json.dumps(record, ensure_ascii=False) + "\n"
+    else:
+        text = subtitles(transcript.words, args.format)
+    if not args.output_dir:
+        print(text, end="", flush=True)
+        return
+    path = output_path(args, name)
+    part = path.with_name(f".{path.name}.part")  # until it is complete
+    try:
+        part.write_text(text, "utf-8", "backslashreplace")
+        part.replace(path)
+    except OSError as error:
+        raise VoxtralError(f"{path}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def output_path(args: Any, name: str) -> Path:
+    stem = "stdin" if name == "-" else Path(name).stem
+    return Path(args.output_dir, f"{stem}.{args.format.replace('text', 'txt')}")
+
+
+def parse_args(argv: list[str] | None) -> Any:
+    parser = argparse.ArgumentParser("voxtral.py", description="Speech to text.")
     add = parser.add_argument
-    add("audio", nargs="+", help="files, or -: live, raw 16-bit mono 16 kHz samples or any file")
-    add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id (default: %(default)s)")
-    add("--delay", type=int, metavar="MS", choices=DELAYS_MS, help="of the text behind the sound:"
-        " 80 to 1200 in steps of 80, or 2400 (default: 480 with -, else 2400)")
+    add("audio", nargs="+", help="files, or -: raw 16-bit mono 16 kHz samples, live")
+    add("--model", default=DEFAULT_MODEL_ID, help="folder or hub id; default: %(default)s")
+    add("--delay", dest="delay_ms", type=int, metavar="MS", choices=DELAYS_MS,
+        help="80 to 1200 in steps of 80, or 2400; default: 480 with -, else 2400")
     add("--format", choices=("text", "srt", "vtt", "json"), default="text", help="default: text")
-    add("--output-dir", metavar="DIR", help="write a file per recording to DIR: NAME.txt, ...")
-    add("--batch", type=int, metavar="N", default=1, help="N recordings, or parts, at a time")
-    add("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
+    add("--output-dir", metavar="DIR", help="write DIR/NAME.txt, ... for each recording")
+    add("--batch", type=int, metavar="N", default=1, help="cut a recording into N pieces at most")
+    add("--temperature", type=float, default=0.0, help="default: 0, greedy")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="compute in this type")
     add("--quiet", action="store_true", help="no progress")
     args = parser.parse_args(argv)
     if not 1 <= args.batch <= 1024 or not 0 <= args.temperature < math.inf:
         parser.error("--batch takes 1 to 1024, --temperature 0 or more")
+    args.audio = list(dict.fromkeys(args.audio))  # each once
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
-    args.delay = args.delay or (480 if "-" in args.audio else DELAYS_MS[-1])
-    stems = {name: "stdin" if name == "-" else Path(name).stem for name in args.audio}
-    kind = args.format.replace("text", "txt")
-    args.paths = {name: args.output_dir and Path(args.output_dir, f"{stems[name]}.{kind}")
-                  for name in stems}
-    owners: dict[Any, str] = {}
-    for name, path in args.paths.items():
-        if path and owners.setdefault(path, name) != name:
-            parser.error(f"{owners[path]} and {name} would both be written to {path}")
+    paths = [output_path(args, name) for name in args.audio if args.output_dir]
+    if twice := {str(path) for path in paths if paths.count(path) > 1}:
+        parser.error(f"several recordings would be written to {', '.join(twice)}")
+    args.delay_ms = args.delay_ms or (480 if "-" in args.audio else DELAYS_MS[-1])
+    args.settings = {"delay_ms": args.delay_ms, "temperature": args.temperature}
+    args.grows = args.format == "text" and not args.output_dir  # text is printed as it is decoded
+    args.listening = args.failure = None  # see standard_input
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    while os.open(os.devnull, os.O_RDWR) < 3:
-        pass  # a standard stream was closed: no file must get its number
-    args = parse_args(argv)
+def prepare_process(args: Any) -> None:
+    """What only a program may change: standard streams and signals."""
+    if sys.stdin is None:  # closed: MLX cannot read a file that gets descriptor 0
+        os.open(os.devnull, os.O_RDONLY)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if sys.stdout is None:
-        return complain("standard output is closed")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore
-    warnings.showwarning = lambda message, *_: complain(message)  # type: ignore
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+
+    def handle(*_: Any) -> None:
+        if not args.listening:
+            raise KeyboardInterrupt
+        args.failure = KeyboardInterrupt()
+        args.listening.put(b"")
+        args.listening = None  # the next signal leaves at once
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
         if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.signal(number, handle)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; without `argv` as a program. Returns the exit code."""
+    args = parse_args(argv)
+    if argv is None:
+        prepare_process(args)
+    if sys.stdout is None and not args.output_dir:
+        return complain("standard output is closed")
     try:
-        return CommandLine(args).run()
+        return run(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return complain("standard output was closed")
-    except (VoxtralError, RuntimeError, OSError, MemoryError) as error:
-        return complain(error, str(getattr(error, "filename", None) or ""))
+    except OSError as error:
+        return complain(error, error.filename or "standard output")
+    except (VoxtralError, RuntimeError, MemoryError) as error:
+        return complain(error)
     except KeyboardInterrupt:
         return 130
 

@@ -5,6 +5,7 @@
     hours [n]           memory and speed of a stream of n hours
     golden              write .ci/golden.json: what transformers says to seeded inputs
     learn               a small model learns to transcribe before your eyes
+    picture             draw .ci/picture.png, how tokens follow sound (needs matplotlib)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -178,7 +180,76 @@ def learn() -> None:
     T.show_learning()
 
 
-JOBS = {"digits": digits, "live": live, "hours": hours, "golden": golden, "learn": learn}
+def picture() -> None:
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]
+
+    # A live stream, stopped after 35 steps: what is drawn is all that it has written by then.
+    delay, n, step = 6, 35 * V.STEP, V.STEP / V.SAMPLE_RATE  # in steps, samples and seconds
+    folder = ROOT / ".ci/digits"
+    model, tokenizer, _ = V.load_voxtral_model(folder, "float32")
+    samples = V.load_audio(folder / "short.flac")
+    stream = V.Stream(model, tokenizer, delay_ms=delay * 80)
+    stream.feed(samples[:n])
+    # Mel frame i is centred at 10 i ms: its window reaches 200 samples to both sides.
+    mel = model.spectrogram.mel_frames(mx.array(np.pad(samples, (200, 0))[None, : n + 400]))[0]
+
+    # All of it has one pair of axes: x is in seconds, y goes down.
+    figure = Figure(figsize=(9, 3.9), dpi=200, facecolor="white")
+    ax = figure.add_axes((0.11, 0.11, 0.88, 0.885))
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    ax.set(xticks=np.arange(0, 2.8, 0.5), yticks=[])
+    blue, orange, pale, grey = "#0b5cad", "#d9480f", "#d6e6f7", "#666666"
+
+    def write(x: float, y: float, text: str, color: str = "black", **how: Any) -> None:
+        ax.text(x, y, text, color=color, va="center", **{"ha": "center", "fontsize": 9, **how})
+
+    for y, text in ((80, "sound in\n(log-mel)"), (208, "tokens out,\none a step\nof 80 ms"),
+                    (280, "words,\nwith times")):
+        write(-0.04, y, text, ha="right", fontsize=9.5)
+    shades = np.array(mel).T.round(1)  # few, which makes the file small
+    ax.imshow(shades, "Greys", vmin=-0.2, vmax=1.3, aspect="auto", interpolation="nearest",
+              origin="lower", extent=(-0.005, len(mel) / 100 - 0.005, 150, 0))
+    ax.vlines(np.arange(0, 2.8, step), 150, 156, grey, lw=0.6)  # where steps end
+    ax.hlines(150, 0, 2.8, grey, lw=0.6)
+    truth = json.loads((folder / "short.json").read_text())["words"]
+    for true in truth[: len(stream.words)]:
+        ax.plot([true["start"], true["end"]], [25, 25], color=grey)
+        write((true["start"] + true["end"]) / 2, 14, f"“{true['word']}”", grey)
+    for k, token in enumerate(stream.tokens):
+        x = (k + 1 + delay) * step  # seconds, when it is written
+        piece = tokenizer.id_to_byte_piece(token).decode(errors="backslashreplace")
+        fill, color, text = pale, blue, piece.strip()
+        if token == tokenizer.get_special_token("[STREAMING_WORD]"):
+            fill, color, text = orange, "white", "[W]"
+        elif not piece:
+            fill, color, text = "white", grey, "•"
+        ax.broken_barh([(x, step)], (196, 24), facecolor=fill, edgecolor=grey, lw=0.6)
+        write(x + step / 2, 208, text, color, fontsize=8)
+    for word in stream.words:
+        middle = (word.start + word.end) / 2
+        written = word.end + delay * step  # when its [W] is
+        ax.plot([word.end, word.end], [0, 290], color=orange, lw=0.8, ls=":")
+        ax.plot([written, written], [168, 196], color=orange, lw=0.8)
+        ax.annotate("", (written, 176), (word.end, 176), arrowprops={
+            "arrowstyle": "-|>", "color": orange, "shrinkA": 0, "shrinkB": 0})
+        write((word.end + written) / 2, 176, f"delay {delay * 80} ms", orange,
+              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+        ax.broken_barh([(word.start, word.end - word.start)], (264, 26), facecolor=pale,
+                       edgecolor=blue)
+        write(middle, 277, word.text.strip(), blue, fontweight="bold")
+        write(middle, 300, f"{word.start:.2f} to {word.end:.2f} s", grey)
+        write(middle, 314, f"probability {word.probability:.4f}", grey)
+    for x, text, color in ((0.74, "nothing yet", grey), (1.06, "a word ended", orange),
+                           (1.33, "its text", blue)):
+        write(x, 231, text, color)
+    write(0.28, 208, "listens first", grey)
+    write(2.44, 277, "the next word\nis not over yet", grey)
+    ax.set(xlim=(0, n / V.SAMPLE_RATE), ylim=(326, 0), xlabel="seconds")
+    figure.savefig(ROOT / ".ci/picture.png", metadata={"Software": None})
+
+
+JOBS = {"digits": digits, "live": live, "hours": hours, "golden": golden, "learn": learn,
+        "picture": picture}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in JOBS:
