@@ -7,7 +7,7 @@
 #   'mlx>=0.32.1; sys_platform == "darwin" or sys_platform == "win32"',
 #   'mlx[cpu]>=0.32.1; sys_platform == "linux"',
 #   'mlx-cpu>=0.32.1; sys_platform == "win32"',
-#   'huggingface_hub>=1.0',
+#   'huggingface_hub>=1.20',
 #   'mistral-common[audio]>=1.10.0',
 #   'numpy>=2.0',
 # ]
@@ -81,7 +81,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]  # comes with huggingface_hub
 
 DEFAULT_MODEL_ID = "mlx-community/Voxtral-Mini-4B-Realtime-6bit"
 SAMPLE_RATE = 16_000  # load_voxtral_model checks this and STEP against the checkpoint
@@ -110,14 +110,14 @@ def as_samples(samples: Any) -> np.ndarray:
 class Spectrogram:
     """The log-mel front end; the defaults are those of params.json and mistral-common."""
 
-    num_mel_bins: int = 128  # up to half the sampling rate, evenly spaced on Slaney's scale
+    num_mel_bins: int = 128  # up to 8 kHz, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
     window_size: int = 400  # samples that a mel frame is computed from: 25 ms
     global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
 
     def mel_frames(self, samples: mx.array) -> mx.array:
         """Samples [B, 160 F + 240] -> the log-mel of their F mel frames [B, F, 128], float32."""
-        from mistral_common.audio import mel_filter_bank  # imported here since it takes a second
+        from mistral_common.audio import mel_filter_bank  # slow to import
 
         bins = self.window_size // 2 + 1  # frequencies of a Fourier transform: 201
         bank = mel_filter_bank(bins, self.num_mel_bins, 0, SAMPLE_RATE / 2, SAMPLE_RATE)  # cached
@@ -232,7 +232,7 @@ class KVCache:
         widths = [(0, 0), (0, 0), (0, room), (0, 0)]
         self.keys = mx.pad(keys, widths)
         self.values = mx.pad(values, widths)
-        if self.length and self.batch > 1:  # free the old before the next layer makes new ones
+        if self.length and self.batch > 1:  # free the old before the next layer's
             mx.eval(self.keys, self.values)
 
 
@@ -398,7 +398,7 @@ class Decoder(nn.Module):
         for layer, scale, cache in zip(self.layers, scales, caches):
             x = layer(x, cache, scale)
         last = self.norm(x.reshape(B, T, D)[:, -1])  # [B, D]
-        return self.embed_tokens.as_linear(last)  # tied: the embedding makes the logits, too
+        return self.embed_tokens.as_linear(last)  # tied to the embedding
 
 
 def read_args(cls: Any, config: dict) -> Any:
@@ -414,7 +414,7 @@ class Voxtral(nn.Module):
         whisper = config["multimodal"]["whisper_model_args"]
         encoder = whisper["encoder_args"]
         encoder = {"n_kv_heads": encoder["n_heads"], **encoder}  # params.json may leave it out
-        self.factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames a step: 4
+        self.factor = whisper["downsample_args"]["downsample_factor"]  # encoder frames a step
         self.spectrogram = read_args(Spectrogram, encoder["audio_encoding_args"])
         if self.spectrogram.hop_length * 2 * self.factor != STEP:
             raise ValueError(f"a step is not {STEP} samples")
@@ -947,8 +947,8 @@ def download_weights(model_id: str) -> Path:
 
 # ------------------------------------------------------------------------------------------- audio
 
-# Count samples, as time stamps jump where files were joined; average all channels, up to 64; begin
-# with silence where the picture begins before the sound.
+# Count samples, as time stamps jump where files were joined; average up to 64 channels; begin with
+# the picture, if there is one.
 FILTER = ("asetpts=STARTPTS+N/SR/TB,pan=mono|c0<" + "+".join(f"c{i}" for i in range(64))
           + ",aresample=16000:async=1:first_pts=0")
 
@@ -986,10 +986,11 @@ def decode_by_libsndfile(path: str | Path) -> tuple[np.ndarray, str]:
 
     try:
         with open(path, "rb") as file:
-            channels, rate = soundfile.read(file, dtype="float32", always_2d=True)  # [n, channels]
+            channels, rate = soundfile.read(file, dtype="float32", always_2d=True)  # [n, C]
         return soxr.resample(channels.mean(axis=1), rate, SAMPLE_RATE), ""
-    except Exception as error:  # of two libraries, for whatever is wrong with the file
-        raise VoxtralError(f"{path}: {error}; ffmpeg, not installed, may read it") from error
+    except Exception as error:
+        why = str(error).rpartition(": ")[2]
+        raise VoxtralError(f"{path}: {why}; ffmpeg, not installed, may read it") from error
 
 
 def standard_input(args: Any) -> Iterator[np.ndarray]:
@@ -1007,9 +1008,9 @@ def standard_input(args: Any) -> Iterator[np.ndarray]:
             args.failure = VoxtralError(error.strerror)
         pieces.put(b"")
 
-    threading.Thread(target=receive, daemon=True).start()  # so that a microphone never waits
+    threading.Thread(target=receive, daemon=True).start()  # a microphone never waits
     data = b""
-    least = 4096  # bytes: enough to tell samples from files
+    least = 4096  # to tell samples from files
     piece = None
     while piece != b"":
         try:
@@ -1017,7 +1018,7 @@ def standard_input(args: Any) -> Iterator[np.ndarray]:
         except queue.Empty:
             continue
         data += piece
-        late = not pieces.empty() and len(data) <= 96 * STEP  # then take more, up to 64 steps
+        late = not pieces.empty() and len(data) <= 96 * STEP  # take up to 64 steps
         if piece and (late or len(data) < least):
             continue
         if least > 1 and not could_be_samples(data[:least]):
@@ -1032,7 +1033,8 @@ def could_be_samples(data: bytes) -> bool:
     """Compressed data is noise at full scale, if not padded; loud speech is smoother than that."""
     x = np.frombuffer(data, "<i2", len(data) // 2).astype(float)
     noise = len(x) > 1 and x.std() > 8000 and np.diff(x).std() > 1.2 * x.std()
-    padded = data.startswith((b"RIFF", b"riff", b"fLaC", b"ID3")) or data[4:8] == b"ftyp"
+    heads = b"RIFF", b"RF64", b"riff", b"FORM", b"caff", b"fLaC", b"ID3"
+    padded = data.startswith(heads) or data[4:8] == b"ftyp"
     text = data and not data.translate(None, b"\t\r\n" + bytes(range(32, 127)))
     return not (noise or padded or text)
 
@@ -1055,7 +1057,7 @@ def timestamp(seconds: float) -> str:
 
 
 def subtitles(words: Iterable[Word], kind: str) -> str:
-    """The words of a transcript as SubRip ("srt") or WebVTT ("vtt"); another kind is refused.
+    """The words of a transcript as SubRip ("srt") or WebVTT ("vtt").
 
     A cue ends at a pause, after a sentence, and within 7 s and two lines of 42 columns.
     """
@@ -1078,7 +1080,7 @@ def subtitles(words: Iterable[Word], kind: str) -> str:
         following = cues[i + 1][0].start if i + 1 < len(cues) else math.inf
         # The last words may take no time, but a cue does.
         end = max(cue[-1].end, min(start + PAUSE, following), start + 0.05 * len(lines))
-        for j in range(0, len(lines), 2):  # several cues, if what is taken for a word is long
+        for j in range(0, len(lines), 2):  # several cues for a very long word
             a, b = (timestamp(start + (end - start) * min(1, k / len(lines))) for k in (j, j + 2))
             times = f"{a} --> {b}"
             body = "\n".join(lines[j : j + 2])
@@ -1109,7 +1111,8 @@ def run(args: Any) -> int:
         raise VoxtralError("several processes need --output-dir")
     os.makedirs(args.output_dir or ".", exist_ok=True)
     model, tokenizer, _ = load_voxtral_model(args.model, args.dtype)
-    if mx.metal.is_available():  # keep weights in memory, as mlx-lm does
+    mac = mx.metal.is_available()
+    if mac:  # keep the weights in memory, as mlx-lm does
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     code = 0
     for name in args.audio[world.rank() :: world.size()]:
@@ -1120,15 +1123,16 @@ def run(args: Any) -> int:
                 transcribe_file(args, name, model, tokenizer)
         except (VoxtralError, RuntimeError, MemoryError) as error:  # the others go on
             code = complain(error, "standard input" if name == "-" else name)
-        args.listening = None
-        mx.clear_cache()
+        args.listening = args.failure = None
+        if mac:
+            mx.clear_cache()
     return code
 
 
 def transcribe_file(args: Any, name: str, model: Voxtral, tokenizer: Any) -> None:
     samples = load_audio(name, complain)
     pieces = cut_at_pauses(samples, args.batch)
-    # Text that grows on a terminal is progress enough. None: a bar, but not in a log.
+    # Text on a terminal is progress enough. None: no bar in a log.
     hidden = args.quiet or (args.grows and len(pieces) == 1 and sys.stdout.isatty()) or None
     progress = partial(tqdm, desc=os.path.basename(name), disable=hidden,
                        bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}")
@@ -1156,7 +1160,7 @@ def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
     if n < 2:
         return [samples]
     power = np.square(samples[: len(samples) // STEP * STEP]).reshape(-1, STEP).mean(axis=1)
-    loudness = np.convolve(power, np.ones(4), "same")  # of the 0.3 s around the start of a step
+    loudness = np.convolve(power, np.ones(4), "same")  # of 0.3 s around a step's start
     evens = [len(power) * k // n for k in range(1, n)]
     cuts = [even - 60 + int(np.argmin(loudness[even - 60 : even + 60])) for even in evens]
     return np.split(samples, [cut * STEP for cut in cuts])
@@ -1173,8 +1177,7 @@ def follow(args: Any, name: str, source: Iterable, model: Voxtral, tokenizer: An
             if args.grows:
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
-        if args.grows:
-            print()  # the prompt gets a line of its own
+        print(end="\n" * args.grows)  # the prompt gets its own line
         raise
     if not heard:
         raise args.failure or VoxtralError("no sound came")
@@ -1200,7 +1203,7 @@ def write(args: Any, name: str, transcript: Transcript, seconds: float) -> None:
     if not args.output_dir:
         print(text, end="", flush=True)
         return
-    path = output_path(args, name)
+    path = args.paths[name]
     part = path.with_name(f".{path.name}.part")  # until it is complete
     try:
         part.write_text(text, "utf-8", "backslashreplace")
@@ -1209,11 +1212,6 @@ def write(args: Any, name: str, transcript: Transcript, seconds: float) -> None:
         raise VoxtralError(f"{path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def output_path(args: Any, name: str) -> Path:
-    stem = "stdin" if name == "-" else Path(name).stem
-    return Path(args.output_dir, f"{stem}.{args.format.replace('text', 'txt')}")
 
 
 def parse_args(argv: list[str] | None) -> Any:
@@ -1235,19 +1233,21 @@ def parse_args(argv: list[str] | None) -> Any:
     args.audio = list(dict.fromkeys(args.audio))  # each once
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
-    paths = [output_path(args, name) for name in args.audio if args.output_dir]
-    if twice := {str(path) for path in paths if paths.count(path) > 1}:
-        parser.error(f"several recordings would be written to {', '.join(twice)}")
+    end = args.format.replace("text", "txt")
+    stems = {name: "stdin" if name == "-" else Path(name).stem for name in args.audio}
+    args.paths = {name: Path(args.output_dir or ".", f"{stems[name]}.{end}") for name in stems}
+    if args.output_dir and len({*stems.values()}) < len(stems):
+        parser.error("two recordings would be written to a file of the same name")
     args.delay_ms = args.delay_ms or (480 if "-" in args.audio else DELAYS_MS[-1])
     args.settings = {"delay_ms": args.delay_ms, "temperature": args.temperature}
-    args.grows = args.format == "text" and not args.output_dir  # text is printed as it is decoded
+    args.grows = args.format == "text" and not args.output_dir  # as it is decoded
     args.listening = args.failure = None  # see standard_input
     return args
 
 
 def prepare_process(args: Any) -> None:
     """What only a program may change: standard streams and signals."""
-    if sys.stdin is None:  # closed: MLX cannot read a file that gets descriptor 0
+    if sys.stdin is None:  # MLX cannot read a file that gets descriptor 0
         os.open(os.devnull, os.O_RDONLY)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -1260,8 +1260,7 @@ def prepare_process(args: Any) -> None:
         args.listening.put(b"")
         args.listening = None  # the next signal leaves at once
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
         if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
             signal.signal(number, handle)
 

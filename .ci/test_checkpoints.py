@@ -236,6 +236,12 @@ def test_one_set_of_weights_is_read(tmp_path):
     assert equal(V.load_voxtral_model(tmp_path)[0], other)
 
 
+def test_a_folder_with_both_sets_is_read_from_mistrals(tmp_path):
+    write(tmp_path, "original", make_model())
+    write(tmp_path, "transformers", make_model(seed=1))
+    assert equal(V.load_voxtral_model(tmp_path)[0], make_model())
+
+
 @pytest.mark.parametrize("what", ["8 kHz", "vocabulary", "hop"])
 def test_optimised_python_checks_files_too(tmp_path, what):
     folder = write(tmp_path / "model", "original", make_model())

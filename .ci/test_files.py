@@ -84,6 +84,14 @@ def test_the_default_track_is_heard_and_times_count_from_the_picture(tmp_path):
     assert all(abs(a["end"] - b["end"] - 3) <= 0.16 for a, b in zip(late, true))
 
 
+@needs_ffmpeg
+def test_joined_films_are_heard_to_the_end(tmp_path):
+    """Their time stamps begin anew."""
+    (tmp_path / "cat.webm").write_bytes((CASES / "s.webm").read_bytes() * 2)
+    length = len(V.load_audio(CASES / "s.webm"))
+    assert abs(len(V.load_audio(tmp_path / "cat.webm")) - 2 * length) < 1600
+
+
 @places
 def test_files_that_people_have(tmp_path, monkeypatch, path):
     """All that they say with ffmpeg; without it, that or its beginning, or one line."""
@@ -200,7 +208,9 @@ def kinds():
     x = V.load_audio(GOOD)
     for name, options in {
             "x.wav": {}, "x.flac": {"format": "FLAC"}, "x.ogg": {"format": "OGG"},
-            "x.mp3": {"format": "MP3"}, "x.aiff": {"format": "AIFF", "endian": "BIG"}}.items():
+            "x.mp3": {"format": "MP3"}, "x.aiff": {"format": "AIFF", "endian": "BIG"},
+            "x.w64": {"format": "W64"}, "x.rf64": {"format": "RF64"}, "x.caf": {"format": "CAF"},
+            }.items():
         yield name, encoded(x, **options)
     for name in ("x.ogg", "x.mp3"):
         yield f"inside of {name}", encoded(x, format=name[2:].upper())[4001:]
@@ -271,14 +281,27 @@ def test_what_waits_is_fed_together_up_to_64_steps(arriving):
     assert [len(samples) for samples in source if len(samples)] == [V.STEP]
 
 
-def test_what_ended_it_is_told_after_what_was_heard(checkpoint, arriving, noise):
+def test_what_came_is_fed_at_once_and_not_judged_again(arriving):
+    fed, again = threading.Event(), threading.Event()
+    source = arriving(bytes(4096), lambda: fed.wait(9) and bytes(10),
+                      lambda: again.wait(9) and np.random.RandomState(0).bytes(4096))
+    assert len(next(source)) == 2048
+    fed.set()
+    assert len(next(source)) == 5
+    again.set()
+    assert sum(map(len, source)) == 2048
+
+
+def test_what_ended_it_is_told_after_what_was_heard(checkpoint, arriving, noise, monkeypatch):
     """As a connection that is reset: the text of what came, then the reason."""
     data = pcm(noise[:16_000] / 9)
     whole = run("--model", checkpoint, *JSON, "-", stdin=data)[1]
+    assert json.loads(whole)["duration"] == 1 and json.loads(whole)["delay_ms"] == 480
+    monkeypatch.setenv("PATH", "/nowhere")  # `arriving` replaces what reads from ffmpeg, too
     arriving(data, ConnectionResetError(104, "Connection reset by peer"))
-    code, out, err = call("--model", checkpoint, *JSON, "-")
-    assert (code, out) == (1, whole) and json.loads(out)["duration"] == 1
-    assert err == ["voxtral.py: standard input: Connection reset by peer"]
+    code, out, err = call("--model", checkpoint, *JSON, "-", GOOD)
+    assert code == 1 and out.startswith(whole) and len(out.splitlines()) == 2
+    assert err == ["voxtral.py: standard input: Connection reset by peer"]  # not of the file
 
 
 def test_a_pipe_that_does_not_block_is_told(checkpoint):
@@ -389,6 +412,20 @@ def test_the_next_signal_leaves_at_once(checkpoint, tmp_path, noise):
         assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_signal_in_the_file_after_standard_input(checkpoint, tmp_path, noise):
+    code = f"""if True:
+        import signal, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import voxtral as V
+        V.load_audio = lambda *_: signal.raise_signal(signal.SIGINT) or V.np.ones(9999)
+        sys.exit(V.main())"""
+    args = ["--model", checkpoint, "--quiet", "--output-dir", tmp_path / "out", "-", GOOD]
+    done = subprocess.run([sys.executable, "-c", code, *args], input=pcm(noise / 9),
+                          capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (130, b"")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["stdin.txt"]
+
+
 def test_an_interrupted_folder_has_whole_files_only(checkpoint, tmp_path, noise):
     names = [tmp_path / f"{i}.wav" for i in range(40)]
     for name in names:
@@ -485,6 +522,11 @@ def test_closed_and_full_streams(checkpoint, tmp_path):
     assert json.loads((out / "short.json").read_text())["duration"] == 5
 
 
+def test_output_is_utf8_whatever_the_locale():
+    code, out, err = run(*SPEECH, GOOD, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (code, err) == (0, "") and "八" in out
+
+
 def test_output_dir_has_complete_files(checkpoint, tmp_path, noise, monkeypatch):
     names = [tmp_path / name for name in ("a.wav", "b.c.wav", "bad.wav")]
     for name in names[:2]:
@@ -503,7 +545,7 @@ def test_output_dir_has_complete_files(checkpoint, tmp_path, noise, monkeypatch)
     assert (code, len(err)) == (1, 2) and f": {tmp_path}/a.txt: No such file" in err[0]
     assert not list(tmp_path.glob("*.txt")) and not list(tmp_path.glob("*.part"))
     code, _, err = call(*base, "text", "--output-dir", tmp_path / "q", *names, "z/a.flac")
-    assert code == 2 and f"would be written to {tmp_path}/q/a.txt" in err[-1]
+    assert code == 2 and "a file of the same name" in err[-1]
     assert not (tmp_path / "q").exists()
     code, _, err = call(*base, "text", "--output-dir", names[0], *names)
     assert code == 1 and len(err) == 1 and f"{names[0]}: File exists" in err[0]
@@ -569,13 +611,14 @@ def test_a_batch_is_one_recording_after_the_other(checkpoint, tmp_path, noise, m
         assert [json.loads(line)["file"] for line in out.splitlines()] == list(map(str, names))
     asked = []
 
-    def transcribe_batch(model, tokenizer, recordings, **_):
-        asked.append(len(recordings))
+    def transcribe_batch(model, tokenizer, recordings, *, progress, **settings):
+        asked.append((len(recordings), settings))
         raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
 
     monkeypatch.setattr(V, "transcribe_batch", transcribe_batch)
-    code, out, err = call(*base, "--batch", "9", *names)
-    assert (code, len(out.splitlines()), len(err), asked) == (1, 2, 1, [2])
+    code, out, err = call(*base, "--batch", "9", "--delay", "160", *names)
+    assert (code, len(out.splitlines()), len(err)) == (1, 2, 1)
+    assert asked == [(2, {"delay_ms": 160, "temperature": 0.0})]
     assert err[0].startswith(f"voxtral.py: {names[1]}: [malloc]") and "smaller --batch" in err[0]
 
 
@@ -622,6 +665,11 @@ def test_cues_are_whole_escaped_and_long_enough():
     assert V.subtitles([], "srt") == "" and V.subtitles([], "vtt") == "WEBVTT\n\n"
     with pytest.raises(V.VoxtralError, match="srt or vtt, not txt"):
         V.subtitles(words, "txt")
+
+
+def test_a_sentence_ends_a_cue_in_any_script():
+    words = [V.Word("好。", 1.0, 1.2), V.Word("八", 1.3, 1.6)]
+    assert [text for *_, text in cues(V.subtitles(words, "srt"), "srt")] == ["好。", "八"]
 
 
 @pytest.mark.parametrize("seed", range(30))
