@@ -51,7 +51,7 @@ LEFT_PAD = 32  # steps of silence in front, as in training
 BOS, EOS, STREAMING_PAD = 1, 2, 32  # token ids
 
 
-def naive_transcribe(model, tokenizer, samples, delay_ms):
+def naive_transcribe(model, samples, delay_ms):
     """The tokens of samples [n]: at every step the whole decoder over all ids so far."""
     delay = delay_ms // 80  # steps
     right_pad = delay + 1 + 10  # steps of silence behind: no word has more than 10 tokens
@@ -153,7 +153,7 @@ def fed(stream, samples, sizes):
 def test_stream_equals_the_specification(loaded, noise, n, delay_ms):
     model, tokenizer, _ = loaded
     rng = np.random.RandomState(n + delay_ms)
-    expected = naive_transcribe(model, tokenizer, noise[-n:], delay_ms)
+    expected = naive_transcribe(model, noise[-n:], delay_ms)
     assert V.transcribe(model, tokenizer, noise[-n:], delay_ms=delay_ms).tokens == expected
     for largest in (n, 7000, 900) if n > 1 else (1,):
         sizes = iter(lambda k=largest: rng.randint(1, k + 1), None)
@@ -165,7 +165,7 @@ def test_stream_equals_the_specification_on_speech(digits):
     model, tokenizer, _ = digits
     samples = V.load_audio(DIGITS / "short.flac")[:40_000]
     stream = fed(V.Stream(model, tokenizer, delay_ms=160), samples, iter(lambda: 9999, None))
-    assert stream.tokens == naive_transcribe(model, tokenizer, samples, 160)
+    assert stream.tokens == naive_transcribe(model, samples, 160)
     assert stream.text == "seven nine one"
 
 

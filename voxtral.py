@@ -113,7 +113,7 @@ class Spectrogram:
     num_mel_bins: int = 128  # up to 8 kHz, evenly spaced on Slaney's scale
     hop_length: int = 160  # samples: 10 ms
     window_size: int = 400  # samples that a mel frame is computed from: 25 ms
-    global_log_mel_max: float = 1.5  # log10 of the greatest power to expect
+    global_log_mel_max: float = 1.5  # log10; mel_frames clips at 8 below it
 
     def mel_frames(self, samples: mx.array) -> mx.array:
         """Samples [B, 160 F + 240] -> the log-mel of their F mel frames [B, F, 128], float32."""
@@ -150,7 +150,7 @@ class TransformerArgs:
     n_heads: int  # of queries
     n_kv_heads: int  # of keys and values; each serves n_heads / n_kv_heads heads of queries
     head_dim: int  # n_heads * head_dim need not be dim
-    hidden_dim: int  # inside the feed-forward network
+    hidden_dim: int
     sliding_window: int  # positions that one sees, its own included
     rope_theta: float  # base of the rotary frequencies
     norm_eps: float
@@ -232,7 +232,7 @@ class KVCache:
         widths = [(0, 0), (0, 0), (0, room), (0, 0)]
         self.keys = mx.pad(keys, widths)
         self.values = mx.pad(values, widths)
-        if self.length and self.batch > 1:  # free the old before the next layer's
+        if self.length and self.batch > 1:  # large ones: free them layer by layer
             mx.eval(self.keys, self.values)
 
 
@@ -248,7 +248,7 @@ def buffer_size(kept: int, T: int, window: int) -> int:
         size = 2 * size + 1
     if size >= window:
         size = window - 1 + max(T, window // 4, 256)
-    return size | 1  # the next odd number
+    return size | 1  # odd
 
 
 @lru_cache(maxsize=4)  # all layers ask for the same mask
@@ -582,8 +582,8 @@ class Stream:
         self._right_pad = tokenizer.audio.n_right_pad_tokens(delay_ms)  # delay + 1 + 10 steps
         left_pad = tokenizer.audio.n_left_pad_tokens  # steps of silence: 32
         # Two clocks, in samples: the silence of a flush makes steps, but takes no time.
-        self._fed = 0  # with it: steps and `lengths`
-        self._heard = 0  # without it: the times of words
+        self._fed = 0  # with it: for steps and `lengths`
+        self._heard = 0  # without it: for the times of words
         self._flushed = 0  # `_heard` at the last flush
         self._times: deque[float] = deque()  # in seconds, for token k: `_heard` when step k ended
         self._decoded = 0.0  # the last of them that was taken
@@ -629,7 +629,7 @@ class Stream:
             before = len(self.text)
             self.lengths = [min(length, self._fed) for length in self.lengths]  # a live one ends
             self.flush()
-            # The last mel frame still lacks 40 samples.
+            # The last mel frame lacks 40 samples; the overlap has more.
             self._run(np.zeros((len(self.lengths), self._overlap), np.float32), silent=True)
             for transcript in self.transcripts:
                 transcript.close()
@@ -661,7 +661,7 @@ class Stream:
             mel = self._model.spectrogram.mel_frames(x[:, : n + self._overlap])
             audio_embeds.append(self._model.embed_audio(mel, self._encoder_state))
             mx.async_eval(audio_embeds[-1])  # compute it while the next piece is submitted
-            self._progress(self._decoded)
+            self._progress(self._decoded)  # which may end the work
             x = x[:, n:]
         self._audio_embeds = mx.concatenate(audio_embeds, axis=1)
 
@@ -903,7 +903,7 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = N
         found = (tokenizer.n_words, audio.sampling_rate, audio.raw_audio_length_per_tok)
         if not audio.is_streaming or found != (config["vocab_size"], SAMPLE_RATE, STEP):
             raise ValueError(f"vocabulary, sampling rate, samples a token: {found}")
-    except Exception as error:  # of several libraries, for whatever is wrong with the files
+    except Exception as error:
         why = textwrap.shorten(f"{type(error).__name__}: {error}".replace(f"{folder}/", ""), 200)
         raise VoxtralError(f"{folder}: its {what}: missing, damaged or not those of Voxtral Mini"
                            f" 4B Realtime ({why})") from error
@@ -913,7 +913,7 @@ def load_voxtral_model(path_or_id: str | Path = DEFAULT_MODEL_ID, dtype: Any = N
     if mx.default_device() == mx.cpu:
         lay_out_for_cpu(model)
     if not lazy:
-        mx.eval(model.parameters())  # reads all files, once
+        mx.eval(model.parameters())
     return model, tokenizer, config
 
 
@@ -939,7 +939,7 @@ def download_weights(model_id: str) -> Path:
             if any(folder.glob(files)):
                 break
         return folder
-    except Exception as error:  # likewise
+    except Exception as error:
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise VoxtralError(f"{model_id}: no such folder, and no Voxtral Mini 4B Realtime could be"
                            f" downloaded ({why})") from error
@@ -947,8 +947,8 @@ def download_weights(model_id: str) -> Path:
 
 # ------------------------------------------------------------------------------------------- audio
 
-# Count samples, as time stamps jump where files were joined; average up to 64 channels; begin with
-# the picture, if there is one.
+# Count samples, as time stamps jump where files were joined; average up to 64 channels; start where
+# the picture starts.
 FILTER = ("asetpts=STARTPTS+N/SR/TB,pan=mono|c0<" + "+".join(f"c{i}" for i in range(64))
           + ",aresample=16000:async=1:first_pts=0")
 
@@ -957,7 +957,7 @@ def load_audio(path: str | Path, warn: Callable[[str], Any] = warnings.warn) -> 
     """Read the sound of a file as float32 mono samples [n] at 16 kHz, within about -1..1.
 
     ffmpeg decodes the default track of anything, and `warn` is called with what it complains about;
-    without it, libsndfile reads wav, flac, ogg, mp3 and more. Raises VoxtralError.
+    without ffmpeg, libsndfile reads wav, flac, ogg, mp3 and more. Raises VoxtralError.
     """
     Path(path)  # raises TypeError for bytes and open files
     if not os.path.isfile(path):
@@ -965,7 +965,7 @@ def load_audio(path: str | Path, warn: Callable[[str], Any] = warnings.warn) -> 
         raise VoxtralError(f"{path}: {folder if os.path.isdir(path) else 'no such file'}")
     samples, says = (decode_by_ffmpeg if shutil.which("ffmpeg") else decode_by_libsndfile)(path)
     if not len(samples):
-        raise VoxtralError(f"{path}: {says or 'holds no samples'}")
+        raise VoxtralError(f"{path}: no sound ({says or 'empty'})")
     if says:
         warn(f"{path}: {says}")
     return as_samples(samples)
@@ -975,8 +975,8 @@ def decode_by_ffmpeg(path: str | Path) -> tuple[np.ndarray, str]:
     command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{path}", "-af", FILTER]
     done = subprocess.run([*command, "-f", "f32le", "-"], capture_output=True, check=False)
     says = done.stderr.decode(errors="replace").replace(f"file:{path}: ", "").partition("\n")[0]
-    if not 0 <= done.returncode < 128:
-        says = f"ffmpeg was killed, exit code {done.returncode} {says}"
+    if done.returncode and not says:
+        says = f"ffmpeg was killed, exit code {done.returncode}"
     return np.frombuffer(done.stdout, "<f4", len(done.stdout) // 4).copy(), says
 
 
@@ -989,52 +989,53 @@ def decode_by_libsndfile(path: str | Path) -> tuple[np.ndarray, str]:
             channels, rate = soundfile.read(file, dtype="float32", always_2d=True)  # [n, C]
         return soxr.resample(channels.mean(axis=1), rate, SAMPLE_RATE), ""
     except Exception as error:
-        why = str(error).rpartition(": ")[2]
+        why = getattr(error, "strerror", None) or str(error).rpartition(": ")[2].strip(".")
         raise VoxtralError(f"{path}: {why}; ffmpeg, not installed, may read it") from error
 
 
-def standard_input(args: Any) -> Iterator[np.ndarray]:
-    """Raw samples [n], int16, as they come; what ended them too early is left in args.failure."""
+def standard_input(args: Any) -> Iterator[Any]:
+    """Raw samples [n], int16, as they come; at last what ended them early, if so."""
     if sys.stdin is None or os.isatty(0):
-        raise VoxtralError("closed, or a terminal: pipe samples into it")
-    pieces: Any = queue.SimpleQueue()  # of bytes; b"" is the end
-    args.listening = pieces  # a signal puts the end into it
+        raise VoxtralError("closed, or a terminal: pipe samples in")
+    pieces: Any = queue.SimpleQueue()  # of bytes; at the end None or an exception
+    args.listening = pieces  # a signal puts an end behind what has come
 
-    def receive() -> None:
+    def receive() -> None:  # in a thread, so that a microphone never waits
         try:
             while piece := os.read(0, 1 << 15):
                 pieces.put(piece)
+            pieces.put(None)
         except OSError as error:
-            args.failure = VoxtralError(error.strerror)
-        pieces.put(b"")
+            pieces.put(VoxtralError(error.strerror))
 
-    threading.Thread(target=receive, daemon=True).start()  # a microphone never waits
-    data = b""
-    least = 4096  # to tell samples from files
-    piece = None
-    while piece != b"":
+    threading.Thread(target=receive, daemon=True).start()
+    data = piece = b""
+    unchecked = True
+    while isinstance(piece, bytes):
         try:
             piece = pieces.get(timeout=0.1)  # or a signal would wait for it, too
         except queue.Empty:
             continue
-        data += piece
-        late = not pieces.empty() and len(data) <= 96 * STEP  # take up to 64 steps
-        if piece and (late or len(data) < least):
-            continue
-        if least > 1 and not could_be_samples(data[:least]):
+        if isinstance(piece, bytes):
+            data += piece
+            late = not pieces.empty() and len(data) <= 96 * STEP  # with the next up to 64 steps
+            if late or (unchecked and len(data) < 4096):
+                continue
+        if unchecked and not could_be_samples(data[:4096]):
             raise VoxtralError("not raw 16-bit mono 16 kHz samples: name the file, or ffmpeg"
                                " -i INPUT -f s16le -ac 1 -ar 16000 - | python voxtral.py -")
-        least = 1
+        unchecked = False
         yield np.frombuffer(data, "<i2", len(data) // 2)
         data = data[len(data) // 2 * 2 :]
+    if piece:
+        yield piece
 
 
 def could_be_samples(data: bytes) -> bool:
-    """Compressed data is noise at full scale, if not padded; loud speech is smoother than that."""
+    """Compressed data is noise at full scale, if not padded; loud speech is smoother."""
     x = np.frombuffer(data, "<i2", len(data) // 2).astype(float)
     noise = len(x) > 1 and x.std() > 8000 and np.diff(x).std() > 1.2 * x.std()
-    heads = b"RIFF", b"RF64", b"riff", b"FORM", b"caff", b"fLaC", b"ID3"
-    padded = data.startswith(heads) or data[4:8] == b"ftyp"
+    padded = data.startswith((b"RIFF", b"riff", b"fLaC", b"ID3")) or data[4:8] == b"ftyp"
     text = data and not data.translate(None, b"\t\r\n" + bytes(range(32, 127)))
     return not (noise or padded or text)
 
@@ -1095,15 +1096,15 @@ def subtitles(words: Iterable[Word], kind: str) -> str:
 
 
 def complain(why: Any, name: str = "") -> int:
-    """Say in one line what is wrong, and with what. Returns the exit code."""
+    """Say in one line what is wrong, and with what."""
     why = str(getattr(why, "strerror", None) or why) or type(why).__name__
     why = why if why.startswith(name) else f"{name}: {why}"
-    tqdm.write(f"voxtral.py: {' '.join(why.split())}", file=sys.stderr)  # above a progress bar
+    tqdm.write(f"voxtral.py: {' '.join(why.split())}", file=sys.stderr)
     return 1
 
 
 def run(args: Any) -> int:
-    """Transcribe each recording. Returns the exit code."""
+    """Transcribe each recording; returns the exit code."""
     if not any(name == "-" or os.path.exists(name) for name in args.audio):
         raise VoxtralError("no such file: " + ", ".join(args.audio))
     world = mx.distributed.init()  # under mlx.launch each process takes its share
@@ -1123,7 +1124,7 @@ def run(args: Any) -> int:
                 transcribe_file(args, name, model, tokenizer)
         except (VoxtralError, RuntimeError, MemoryError) as error:  # the others go on
             code = complain(error, "standard input" if name == "-" else name)
-        args.listening = args.failure = None
+        args.listening = None
         if mac:
             mx.clear_cache()
     return code
@@ -1160,7 +1161,7 @@ def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
     if n < 2:
         return [samples]
     power = np.square(samples[: len(samples) // STEP * STEP]).reshape(-1, STEP).mean(axis=1)
-    loudness = np.convolve(power, np.ones(4), "same")  # of 0.3 s around a step's start
+    loudness = np.convolve(power, np.ones(4), "same")  # of 0.3 s
     evens = [len(power) * k // n for k in range(1, n)]
     cuts = [even - 60 + int(np.argmin(loudness[even - 60 : even + 60])) for even in evens]
     return np.split(samples, [cut * STEP for cut in cuts])
@@ -1170,24 +1171,29 @@ def follow(args: Any, name: str, source: Iterable, model: Voxtral, tokenizer: An
     """Transcribe samples as they come."""
     stream = Stream(model, tokenizer, **args.settings)
     heard = 0
+    failure = None
     try:
         for samples in source:
+            if isinstance(samples, BaseException):
+                failure = samples
+                break
             heard += len(samples)
             text = stream.feed(samples)
             if args.grows:
                 print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        print(end="\n" * args.grows)  # the prompt gets its own line
+        text = stream.finish()
+    except BaseException:
+        if args.grows and stream.text:
+            print()  # the prompt gets its own line
         raise
     if not heard:
-        raise args.failure or VoxtralError("no sound came")
-    text = stream.finish()
+        raise failure or VoxtralError("no sound came")
     if args.grows:
         print(text, flush=True)
     else:
         write(args, name, stream.transcripts[0], heard / SAMPLE_RATE)
-    if args.failure:
-        raise args.failure
+    if failure:
+        raise failure
 
 
 def write(args: Any, name: str, transcript: Transcript, seconds: float) -> None:
@@ -1204,14 +1210,15 @@ def write(args: Any, name: str, transcript: Transcript, seconds: float) -> None:
         print(text, end="", flush=True)
         return
     path = args.paths[name]
-    part = path.with_name(f".{path.name}.part")  # until it is complete
+    part = path.with_suffix(".part")  # until it is complete
     try:
         part.write_text(text, "utf-8", "backslashreplace")
         part.replace(path)
     except OSError as error:
         raise VoxtralError(f"{path}: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):
+            part.unlink()
 
 
 def parse_args(argv: list[str] | None) -> Any:
@@ -1229,44 +1236,44 @@ def parse_args(argv: list[str] | None) -> Any:
     add("--quiet", action="store_true", help="no progress")
     args = parser.parse_args(argv)
     if not 1 <= args.batch <= 1024 or not 0 <= args.temperature < math.inf:
-        parser.error("--batch takes 1 to 1024, --temperature 0 or more")
+        parser.error("--batch is 1 to 1024, --temperature 0 or more")
     args.audio = list(dict.fromkeys(args.audio))  # each once
     if len(args.audio) > 1 and args.format in ("srt", "vtt") and not args.output_dir:
         parser.error(f"several files as {args.format} need --output-dir")
-    end = args.format.replace("text", "txt")
+    kind = args.format.replace("text", "txt")
     stems = {name: "stdin" if name == "-" else Path(name).stem for name in args.audio}
-    args.paths = {name: Path(args.output_dir or ".", f"{stems[name]}.{end}") for name in stems}
-    if args.output_dir and len({*stems.values()}) < len(stems):
-        parser.error("two recordings would be written to a file of the same name")
+    args.paths = {name: Path(args.output_dir or ".", f"{stems[name]}.{kind}") for name in stems}
+    if args.output_dir and len({stem.casefold() for stem in stems.values()}) < len(stems):
+        parser.error("two recordings would be written to files of one name")
     args.delay_ms = args.delay_ms or (480 if "-" in args.audio else DELAYS_MS[-1])
     args.settings = {"delay_ms": args.delay_ms, "temperature": args.temperature}
     args.grows = args.format == "text" and not args.output_dir  # as it is decoded
-    args.listening = args.failure = None  # see standard_input
+    args.listening = None  # see standard_input; False after a signal
     return args
 
 
 def prepare_process(args: Any) -> None:
     """What only a program may change: standard streams and signals."""
-    if sys.stdin is None:  # MLX cannot read a file that gets descriptor 0
+    if sys.stdin is None:  # MLX cannot read a file of descriptor 0
         os.open(os.devnull, os.O_RDONLY)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore
 
-    def handle(*_: Any) -> None:
-        if not args.listening:
+    def handle(number: int, _: Any) -> None:
+        listening, args.listening = args.listening, False
+        if listening:
+            listening.put(KeyboardInterrupt())
+        elif number == signal.SIGINT or listening is None:  # `timeout` sends SIGTERM twice
             raise KeyboardInterrupt
-        args.failure = KeyboardInterrupt()
-        args.listening.put(b"")
-        args.listening = None  # the next signal leaves at once
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
             signal.signal(number, handle)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; without `argv` as a program. Returns the exit code."""
+    """The command line; without `argv` as a program."""
     args = parse_args(argv)
     if argv is None:
         prepare_process(args)

@@ -1,6 +1,7 @@
 """What takes too long, or other programs, for a test. usage: python .ci/jobs.py JOB [argument]
 
-    digits              every clip, delay and layout of ../shared/digits against expected.json
+    digits              every clip, delay and layout of ../shared/digits against expected.json, or
+                        where that is not there the clips of .ci/digits
     live [clip]         a clip through a pipe as fast as it was spoken: how late is each word?
     hours [n]           memory and speed of a stream of n hours
     golden              write .ci/golden.json: what transformers says to seeded inputs
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -29,35 +31,37 @@ sys.path.insert(0, str(ROOT))
 import test_voxtral as T
 import voxtral as V
 
-DIGITS = ROOT.parent / "shared" / "digits"
-LAYOUTS = {  # how many more word errors than the original each may have; None: the same tokens
-    "original": None, "voxmlx-bf16-sharded": None, "transformers": None,
-    "voxmlx-6bit": 2, "mlxaudio-4bit": 4}
+SHARED = ROOT.parent / "shared" / "digits"
+CLIPS = SHARED / "clips" if SHARED.is_dir() else T.DIGITS
+LAYOUTS = {  # how many more word errors than the first each may have; None: the same tokens
+    SHARED / "original": None, SHARED / "voxmlx-bf16-sharded": None, SHARED / "transformers": None,
+    SHARED / "voxmlx-6bit": 2, SHARED / "mlxaudio-4bit": 4}
+if not SHARED.is_dir():
+    LAYOUTS = {T.DIGITS: None}
 
 
 def digits() -> int:
-    if not DIGITS.is_dir():
-        sys.exit(f"{DIGITS} is not there")
-    expected = json.loads((DIGITS / "clips/expected.json").read_text())
+    expected = json.loads((CLIPS / "expected.json").read_text())
     os.environ["PATH"] = ""  # ffmpeg, if it is there, resamples in its own way
-    samples = {clip: V.load_audio(DIGITS / "clips" / clip) for clip in expected}
+    samples = {clip: V.load_audio(CLIPS / clip) for clip in expected}
     errors: dict[str, int] = {}
     failures = 0
-    for layout, allowed in LAYOUTS.items():
-        model, tokenizer, _ = V.load_voxtral_model(DIGITS / layout, "float32")
+    for folder, allowed in LAYOUTS.items():
+        layout = folder.name
+        model, tokenizer, _ = V.load_voxtral_model(folder, "float32")
         errors[layout] = 0
         for clip, delay in [(clip, delay) for clip, by in expected.items() for delay in by]:
-            truth = json.loads((DIGITS / "clips" / clip).with_suffix(".json").read_text())
+            truth = json.loads((CLIPS / clip).with_suffix(".json").read_text())
             got = V.transcribe(model, tokenizer, samples[clip], delay_ms=int(delay))
             errors[layout] += T.distance(got.text.split(), truth["text"].split())
             tokens = expected[clip][delay]["tokens"]
             if allowed is None and got.tokens != tokens[: tokens.index(2)]:
                 failures += 1
                 print(f"{layout}, {clip} at {delay} ms: differs")
-            if layout == "original" and delay != "2400":
+            if folder == next(iter(LAYOUTS)) and delay != "2400":
                 failures += late(f"{clip} at {delay} ms", got.words, truth["words"])
         print(f"{layout}: {errors[layout]} word errors", flush=True)
-        failures += errors[layout] > errors["original"] + (allowed or 0)
+        failures += errors[layout] > next(iter(errors.values())) + (allowed or 0)
     return failures
 
 
@@ -71,12 +75,13 @@ def late(what: str, words: list[V.Word], truth: list[dict]) -> bool:
     return bool(ends > 0.08 or starts > 0.15)
 
 
-def live(clip: str = "medium") -> None:
-    truth = json.loads((DIGITS / f"clips/{clip}.json").read_text())["words"]
-    pcm = (V.load_audio(DIGITS / f"clips/{clip}.wav") * 32767).astype("<i2").tobytes()
+def live(clip: str = "pause") -> None:
+    (path,) = [path for path in CLIPS.glob(f"{clip}.*") if path.suffix != ".json"]
+    truth = json.loads(path.with_suffix(".json").read_text())["words"]
+    pcm = (V.load_audio(path) * 32767).astype("<i2").tobytes()
     program = subprocess.Popen(
-        [sys.executable, ROOT / "voxtral.py", "--quiet", "--model", DIGITS / "original",
-         "--dtype", "float32", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        [sys.executable, ROOT / "voxtral.py", "--quiet", "--model", T.DIGITS, "--dtype", "float32",
+         "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert program.stdin and program.stdout
     time.sleep(5)  # until the model is there
     sink = program.stdin
@@ -112,9 +117,9 @@ def hours(n: str = "3") -> None:
         stream.feed(sound)
         seconds = time.perf_counter() - start
         if minute in (1, 2, 5, 10) or minute % 30 == 0:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-            print(f"{minute} minutes: {resident:.1f} MB resident,"
+            unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes on Linux
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+            print(f"{minute} minutes: {peak:.1f} MB resident at most,"
                   f" {mx.get_active_memory() / 1e6:.2f} MB of MLX's, a minute takes"
                   f" {seconds:.1f} s, {len(stream.tokens)} tokens", flush=True)
 

@@ -63,6 +63,9 @@ def last_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 def test_keys_are_turned_back(shape: tuple, first: int, dtype: mx.Dtype) -> None:
     """In the real shapes. What a few roundings do to a number is below 2 %."""
     B, heads, n, head_dim = shape
+    memory = mx.device_info().get("memory_size", 0)
+    if B > 1 and mx.metal.is_available() and memory < 64e9:  # type: ignore[operator]
+        pytest.skip("needs a buffer of 4.3 GB, and several of them")
     args = replace(T.ARGS, head_dim=head_dim, sliding_window=n + 1, rope_theta=1e6)
     mx.random.seed(0)
     k = mx.random.normal((B, heads, first + n, head_dim)).astype(dtype)
