@@ -25,7 +25,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import types
 import warnings
 from dataclasses import replace
@@ -865,7 +864,7 @@ def test_a_stream_may_be_fed_from_several_threads(checkpoint, noise, tmp_path):
             elsewhere(stream.finish)
             late = len(expected) - len(stream.tokens)  # a sample may end up to 11 steps early
             print(stream.tokens == expected, 0 <= late <= 11)
-        stream = V.Stream(model, tokenizer)  # what asyncio.to_thread(stream.feed, x) does if cancelled
+        stream = V.Stream(model, tokenizer)  # as a task of asyncio that is cancelled in feed
         thread = C.ThreadPoolExecutor(1)
         feeding = thread.submit(stream.feed, x)
         while not stream._fed: pass
@@ -877,7 +876,8 @@ def test_a_stream_may_be_fed_from_several_threads(checkpoint, noise, tmp_path):
         [sys.executable, "-c", code, checkpoint, tmp_path / "noise.npy"], capture_output=True,
         env=os.environ | {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(HERE)}, check=False)
     told = done.stdout.decode().split()
-    assert told == ["True", "True", "False", "True", "True", "True", "True"], done.stderr.decode()[-800:]
+    expected = ["True", "True", "False", "True", "True", "True", "True"]
+    assert told == expected, done.stderr.decode()[-800:]
 
 
 def test_memory_does_not_grow(loaded, noise):
@@ -1208,14 +1208,14 @@ def test_commands_of_the_readme(checkpoint, tmp_path, noise):
         (tmp_path / name).write_bytes(encoded(noise[:16000]))
     for command in commands:
         if not any(command.startswith(start) for start in NOT_RUN):
-            code, out, err = run("--model", checkpoint, *RUN[command], cwd=tmp_path)
+            code, _, err = run("--model", checkpoint, *RUN[command], cwd=tmp_path)
             assert code == 0 and not err, (command, err)
     assert all(command in commands for command in RUN)
     assert all(any(c.startswith(start) for c in commands) for start in NOT_RUN)
     assert sorted(path.name for path in (tmp_path / "subtitles").iterdir()) == ["a.srt", "b.srt"]
-    options = [set(re.findall(r"`?(--[a-z][a-z-]*)", text)) - {"--help"}
-               for text in (readme.partition("| option |")[2].partition("\n\n")[0], call("--help")[1])]
-    assert options[0] == options[1]
+    table = readme.partition("| option |")[2].partition("\n\n")[0]
+    named, known = (set(re.findall(r"--[a-z][a-z-]*", text)) for text in (table, call("--help")[1]))
+    assert named == known - {"--help"}
 
 
 def test_the_demo_of_the_readme():
