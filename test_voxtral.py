@@ -483,13 +483,13 @@ def test_sizes_of_the_buffer(window):
     """They are odd and few, and leave room for a quarter of a window: see buffer_size."""
     sizes = set()
     for T in (1, 4, 8, 39, window // 2, window, 2 * window):
-        for kept in {0, 39, window // 2, window - 1}:
+        for kept in {0, min(39, window - 1), window // 2, window - 1}:
             size = V.buffer_size(kept, T, window)
             assert size >= kept + T and size % 2
             sizes.add(size)
         full = V.buffer_size(window - 1, T, window)
         assert full - (window - 1) >= max(T, window // 4)  # so the next steps need no renewal
-        assert full <= window + max(T, window // 4, 256)
+        assert full <= window + max(T, window // 4, min(window, 256))
     assert len(sizes) <= math.log2(window) + 2
     assert V.buffer_size(8191, 1, 8192) == 8191 + 2048
 
@@ -516,8 +516,8 @@ def test_cache_is_exact_far_from_the_origin():
         one = [mx.array(x[None, None, None]) for x in (q, k[at], v[at])]
         turned, keys, values, _ = cache.update(*one)
         mx.eval(cache.keys, cache.values)
-        assert cache.length <= cache.keys.shape[2] <= 11 + 256
-    assert cache.renewals <= 3000 / 256 + 1  # and the buffer is not copied at every step
+        assert cache.length <= cache.keys.shape[2] <= 2 * 12
+    assert cache.renewals <= 3000 / 12 + 1  # and the buffer is not copied at every step
     out = mx.fast.scaled_dot_product_attention(turned, keys, values, scale=8**-0.5)
 
     def turn(x, positions):  # [n, 8] -> [n, 4] complex

@@ -247,7 +247,7 @@ def buffer_size(kept: int, T: int, window: int) -> int:
     while size < kept + T:
         size = 2 * size + 1
     if size >= window:
-        size = window - 1 + max(T, window // 4, 256)
+        size = window - 1 + max(T, window // 4, min(window, 256))
     return size | 1  # odd
 
 
@@ -1268,7 +1268,7 @@ def prepare_process(args: Any) -> None:
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
 
