@@ -1264,7 +1264,7 @@ def prepare_process(args: Any) -> None:
         listening, args.listening = args.listening, False
         if listening:
             listening.put(KeyboardInterrupt())
-        elif number == signal.SIGINT or listening is None:  # `timeout` sends SIGTERM twice
+        elif number == signal.SIGINT or listening is None:  # SIGTERM may come twice
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
