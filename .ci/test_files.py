@@ -30,6 +30,7 @@ JSON = ("--quiet", "--format", "json")
 SPEECH = ("--quiet", "--dtype", "float32", "--delay", "480", "--model", DIGITS)
 FFMPEG = shutil.which("ffmpeg")
 needs_ffmpeg = pytest.mark.skipif(not FFMPEG, reason="needs ffmpeg")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 places = pytest.mark.parametrize("path", ["/nowhere", os.environ["PATH"]][: 2 if FFMPEG else 1])
 
 
