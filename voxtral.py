@@ -232,7 +232,7 @@ class KVCache:
         widths = [(0, 0), (0, 0), (0, room), (0, 0)]
         self.keys = mx.pad(keys, widths)
         self.values = mx.pad(values, widths)
-        if self.length and self.batch > 1:  # large ones: free them layer by layer
+        if self.length and self.batch > 1:  # free a batch's layer by layer
             mx.eval(self.keys, self.values)
 
 
@@ -994,7 +994,7 @@ def decode_by_libsndfile(path: str | Path) -> tuple[np.ndarray, str]:
 
 
 def standard_input(args: Any) -> Iterator[Any]:
-    """Raw samples [n], int16, as they come; at last what ended them early, if so."""
+    """Raw samples [n], int16, as they come; last, the exception that ended them."""
     if sys.stdin is None or os.isatty(0):
         raise VoxtralError("closed, or a terminal: pipe samples in")
     pieces: Any = queue.SimpleQueue()  # of bytes; at the end None or an exception
@@ -1013,7 +1013,7 @@ def standard_input(args: Any) -> Iterator[Any]:
     unchecked = True
     while isinstance(piece, bytes):
         try:
-            piece = pieces.get(timeout=0.1)  # or a signal would wait for it, too
+            piece = pieces.get(timeout=0.1)  # in between, signals are handled
         except queue.Empty:
             continue
         if isinstance(piece, bytes):
@@ -1161,7 +1161,7 @@ def cut_at_pauses(samples: np.ndarray, n: int) -> list[np.ndarray]:
     if n < 2:
         return [samples]
     power = np.square(samples[: len(samples) // STEP * STEP]).reshape(-1, STEP).mean(axis=1)
-    loudness = np.convolve(power, np.ones(4), "same")  # of 0.3 s
+    loudness = np.convolve(power, np.ones(4), "same")  # over 0.3 s
     evens = [len(power) * k // n for k in range(1, n)]
     cuts = [even - 60 + int(np.argmin(loudness[even - 60 : even + 60])) for even in evens]
     return np.split(samples, [cut * STEP for cut in cuts])
@@ -1254,7 +1254,7 @@ def parse_args(argv: list[str] | None) -> Any:
 
 def prepare_process(args: Any) -> None:
     """What only a program may change: standard streams and signals."""
-    if sys.stdin is None:  # MLX cannot read a file of descriptor 0
+    if sys.stdin is None:  # MLX cannot read from descriptor 0
         os.open(os.devnull, os.O_RDONLY)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in filter(None, (sys.stdout, sys.stderr)):
